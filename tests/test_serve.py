@@ -1,0 +1,208 @@
+"""The service as a process: real sockets, real signals, real damage. The notebooks test the rest."""
+import csv
+import importlib.util
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+CORPUS = Path(__file__).parents[1].parent / "shared" / "corpus"
+HEAVY = ("torch", "torchvision", "optuna", "mlflow", "pandas", "fastcore", "IPython")
+UVICORN = ("-m", "uvicorn", "automl_cv.serve:app", "--port", "{port}")
+OVER = 10 * 2**20 + 1
+
+
+def chunks(size):
+    """Give a form with one file chunk by chunk, so that no length is announced."""
+    yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'
+    yield from (bytes(2**16) for _ in range(size // 2**16))
+    yield b"\r\n--x--\r\n"
+
+
+def half_a_picture():
+    """Encode noise as a PNG and lose its second half."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(file, "PNG")
+    return file.getvalue()[:2000]
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+def test_import_is_light():
+    code = f"import sys, automl_cv.serve; print([m for m in {HEAVY} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_answer_has_three_fields(client, plain):
+    for index, (colour, label) in enumerate((("red", "red"), ("lime", "green"), ("blue", "blue"))):
+        reply = client.post("/predict", files={"file": plain(colour, "JPEG")})
+        assert reply.status_code == 200
+        assert set(reply.json()) == {"label", "confidence", "class_index"}
+        assert (reply.json()["label"], reply.json()["class_index"]) == (label, index)
+        assert 0.9 < reply.json()["confidence"] <= 1
+
+
+def test_uvicorn_finds_the_application(start, bundle, plain):
+    with start(bundle, UVICORN) as server:
+        reply = httpx.post(f"{server.url}/predict", files={"file": plain("red")}, trust_env=False)
+        assert reply.json()["label"] == "red"
+
+
+BAD = {
+    "empty": ("POST", "/predict", {"files": {"file": b""}}, 400, "empty_file"),
+    "text named jpg": ("POST", "/predict", {"files": {"file": ("a.jpg", b"hello")}}, 415, "not_an_image"),
+    "pixels missing": ("POST", "/predict", {"files": {"file": half_a_picture()}}, 422, "damaged_image"),
+    "length over": ("POST", "/predict", {"files": {"file": bytes(2 * OVER)}}, 413, "file_too_large"),
+    "one byte over": ("POST", "/predict", {"files": {"file": bytes(OVER)}}, 413, "file_too_large"),
+    "chunked over": ("POST", "/predict", {"content": chunks(2 * OVER), "headers": FORM}, 413, "file_too_large"),
+    "other field": ("POST", "/predict", {"files": {"picture": b"hello"}}, 422, "missing_file"),
+    "no body": ("POST", "/predict", {}, 422, "missing_file"),
+    "no form": ("POST", "/predict", {"content": b"\xff\xd8\xff"}, 422, "missing_file"),
+    "broken form": ("POST", "/predict", {"content": b"--x\r\n?", "headers": FORM}, 422, "missing_file"),
+    "bad parameter": ("POST", "/predict?top_k=many", {}, 422, "wrong_parameter_type"),
+    "no such page": ("GET", "/nothing/here", {}, 404, "not_found"),
+    "no such style": ("GET", "/static/../core.py", {}, 404, "not_found"),
+    "wrong method": ("GET", "/predict", {}, 405, "method_not_allowed"),
+    "wrong method of a page": ("DELETE", "/", {}, 405, "method_not_allowed"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_request(client, name):
+    method, path, what, status, code = BAD[name]
+    reply = client.request(method, path, **what)
+    problem = reply.json()
+    assert (reply.status_code, problem["status"], problem["code"]) == (status, status, code)
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert problem["request_id"] == reply.headers["x-request-id"]
+    assert problem["type"] == f"urn:automl-cv:error:{code}" and problem["title"]
+    assert problem["detail"][0].isupper() and "Traceback" not in problem["detail"]
+
+
+def test_huge_upload_costs_no_memory(server, client):
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+
+    def peak():
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+
+    before = peak()
+    assert client.post("/predict", content=chunks(100 * 2**20), headers=FORM).status_code == 413
+    assert peak() - before < 30_000  # KiB
+
+
+def test_permission_is_asked_first(server):
+    """A client that waits for `100 Continue` is refused before it sends anything."""
+    address = server.url.removeprefix("http://")
+    head = (f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Length: {2 * OVER}\r\nExpect: 100-continue\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\n\r\n")
+    with socket.create_connection(address.split(":"), timeout=4) as line:
+        line.sendall(head.encode())
+        assert line.recv(12) == b"HTTP/1.1 413"
+
+
+def test_unknown_request_ids_are_replaced(client):
+    assert client.get("/model", headers={"X-Request-ID": "trace-1"}).headers["x-request-id"] == "trace-1"
+    assert len(client.get("/model", headers={"X-Request-ID": "<script>"}).headers["x-request-id"]) == 32
+
+
+def test_head_has_no_body(client):
+    reply = client.head("/")
+    assert (reply.status_code, reply.content) == (200, b"")
+
+
+def test_sigterm_finishes_what_was_accepted(start, bundle, plain):
+    """Half an upload is waited for, one that never ends is not waited for longer than the grace."""
+    body = (b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n' + plain("blue")
+            + b"\r\n--x--\r\n")
+    head = (f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: {FORM['Content-Type']}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode()
+    with start(bundle) as server:
+        address = server.url.removeprefix("http://").split(":")
+        with socket.create_connection(address) as good, socket.create_connection(address) as endless:
+            for line in (good, endless):
+                line.sendall(head + body[:50])
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            asked = time.monotonic()
+            time.sleep(0.3)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{server.url}/health/live", trust_env=False)
+            good.sendall(body[50:])
+            assert good.makefile("rb").read().startswith(b"HTTP/1.1 200")
+            assert server.process.wait(8) in (0, -signal.SIGTERM)
+            assert time.monotonic() - asked < 8
+
+
+def check_not_ready(server, code, plain):
+    """Check a service that lives without a model."""
+    assert httpx.get(f"{server.url}/health/live", trust_env=False).status_code == 200
+    for reply in (httpx.get(f"{server.url}/health/ready", trust_env=False),
+                  httpx.get(f"{server.url}/model", trust_env=False),
+                  httpx.post(f"{server.url}/predict", files={"file": plain("red")}, trust_env=False)):
+        assert (reply.status_code, reply.json()["code"]) == (503, "not_ready")
+    assert "The service has no model" in httpx.get(server.url, trust_env=False).text
+    log = server.log.read_text()
+    assert len([line for line in log.splitlines() if code in line]) == 1
+    assert "Traceback" not in log
+
+
+def test_flipped_byte_is_not_ready(start, bundle, plain, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    data = bytearray((copy / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx").write_bytes(data)
+    with start(copy) as server:
+        check_not_ready(server, "bundle_damaged", plain)
+
+
+def test_missing_bundle_is_not_ready(start, plain, tmp_path):
+    with start(tmp_path / "absent") as server:
+        check_not_ready(server, "bundle_not_found", plain)
+
+
+def test_bad_port_is_one_line():
+    run = subprocess.run([sys.executable, "-m", "automl_cv.serve"], env=os.environ | {"PORT": "eighty"},
+                         capture_output=True, text=True, timeout=30)
+    assert run.returncode == 2
+    assert run.stderr == "wrong_parameter_type: PORT is 'eighty'. Give a number from 1 to 65535.\n"
+
+
+def corpus_images(out):
+    """Draw the corpus' images with its own generator, and skip the archives and folders."""
+    spec = importlib.util.spec_from_file_location("make_corpus", CORPUS / "make_corpus.py")
+    maker = importlib.util.module_from_spec(spec)
+    sys.modules["make_corpus"] = maker  # dataclasses look their module up
+    spec.loader.exec_module(maker)
+    for name, make in maker.IMAGES.items():
+        try:
+            maker.write_file(out / name, make())
+        except maker.Unavailable as reason:
+            print(f"{name} is not in this corpus: {reason}")
+
+
+@pytest.mark.skipif(not CORPUS.exists(), reason=f"THE CORPUS OF BAD INPUTS IS ABSENT: {CORPUS}")
+def test_corpus(client, tmp_path):
+    corpus_images(tmp_path)
+    with (CORPUS / "expected.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "image"]
+    found, expected = {}, {}
+    for row in rows:
+        if (tmp_path / row["case"]).exists():
+            data = (tmp_path / row["case"]).read_bytes()
+            reply = client.post("/predict", files={"file": (row["case"], data)})
+            found[row["case"]] = (reply.status_code, reply.json().get("code", ""))
+            expected[row["case"]] = (int(row["predict_status"]), row["predict_code"])
+    assert len(expected) >= 60
+    assert found == expected
