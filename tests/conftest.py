@@ -48,10 +48,10 @@ def wait_live(server: Server, seconds: float = 30.0) -> None:
 def start_server(log: Path, bundle: Path, command: tuple[str, ...] = MODULE) -> Iterator[Server]:
     """Run a service on a free port of this machine; `{port}` in the command is replaced."""
     port = free_port()
-    env = os.environ | {"AUTOML_CV_MODEL": str(bundle), "HOST": "127.0.0.1", "PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = tuple(part.format(port=port) for part in command)
+    env = os.environ | {"AUTOML_CV_MODEL": str(bundle), "HOST": "127.0.0.1", "PORT": str(port)}
+    command = (sys.executable, *(part.format(port=port) for part in command))
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.DEVNULL, stderr=stderr)
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=stderr)
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         wait_live(server)

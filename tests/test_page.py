@@ -7,16 +7,16 @@ from urllib.parse import urlsplit
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TESTS: playwright is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TESTS: no playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="NO BROWSER TESTS: Debian's chromium is not installed")
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync"]
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update"]
 GIVE = """([kind, names, bytes]) => {
   const data = new DataTransfer();
   for (const name of names) data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
-  const event = kind === "paste" ? new ClipboardEvent("paste", {clipboardData: data, bubbles: true})
-                                 : new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
+  const event = kind === "paste" ? new ClipboardEvent(kind, {clipboardData: data, bubbles: true})
+                                 : new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true});
   document.getElementById("drop").dispatchEvent(event);
 }"""
 
@@ -40,7 +40,7 @@ def open_page(browser):
         page.set_default_timeout(10_000)
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if "Security Policy" in message.text else None)
+        page.on("console", lambda line: errors.append(line.text) if "Security Policy" in line.text else None)
         page.goto(url)
         return page
 
@@ -69,7 +69,7 @@ def test_choose_a_file(open_page, server, plain):
 def test_keyboard_alone(open_page, server, plain):
     page = open_page(server.url)
     with page.expect_file_chooser() as chooser:
-        page.focus("#file")  # inside: its round trip makes sure that the browser is told of the wait before the key
+        page.focus("#file")  # inside, so that the browser knows of the wait before it gets the key
         page.keyboard.press("Enter")
     chooser.value.set_files(picture(plain, "blue"))
     page.wait_for_selector("#answer:visible")

@@ -80,13 +80,15 @@ async function classify(file) {
   const form = new FormData();
   form.append("file", file, file.name);
   try {
-    const reply = await fetch("predict?top_k=5&notes=true", { method: "POST", body: form, signal: mine.signal });
+    const options = { method: "POST", body: form, signal: mine.signal };
+    const reply = await fetch("predict?top_k=5&notes=true", options);
     const found = await reply.json();
     if (mine.signal.aborted) return;
     if (reply.ok) showAnswer(found);
     else showTrouble(found.title, found.detail);
   } catch (error) {
-    if (!mine.signal.aborted) showTrouble("The service did not answer", "Check your connection and try again.");
+    if (mine.signal.aborted) return;
+    showTrouble("The service did not answer", "Check your connection and try again.");
   }
 }
 
