@@ -75,6 +75,13 @@ class Images:
         """Return the middle squares."""
         return centre_crop(self.array, size)
 
+    def sample(self, count: int, seed: int = 0) -> "Images":  # at most `count` pictures, drawn by seed, in order
+        """Draw some of the pictures, or return all of them where there are no more."""
+        if count >= len(self):
+            return self
+        index = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        return Images(self.array[index], self.targets[index])
+
 # %% ../nbs/01a_cache.ipynb #df75d9fb
 def load_images(
     run: Run,  # a run after step 1

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'COLUMNS', 'NAMES', 'PRESETS', 'WARNINGS', 'examine', 'scan', 'set_copies_aside', 'split_rows',
-           'natural_key', 'list_classes', 'fingerprint', 'read_split', 'open_test', 'count_classes', 'draw_counts',
-           'contact_sheet', 'write_report', 'Preset', 'make_policy', 'make_augmentation', 'summarise', 'run_step',
-           'open_step']
+           'natural_key', 'list_classes', 'fingerprint', 'read_split', 'open_test', 'list_unused', 'count_classes',
+           'draw_counts', 'contact_sheet', 'write_report', 'Preset', 'make_policy', 'make_augmentation', 'summarise',
+           'run_step', 'open_step']
 
 # %% ../nbs/01_data.ipynb #922e470d
 import re
@@ -201,6 +201,14 @@ def open_test(
         raise AutomlError("seal_broken", "The test split is not the one that was sealed.", "Run step 1 again.")
     run.write("openings", run.read("openings", []) + [{"at": now(), "purpose": purpose}])
     return rows
+
+# %% ../nbs/01_data.ipynb #f0cc3bf5
+def list_unused(
+    run: Run,  # a run after step 1
+) -> list[dict[str, Any]]:  # path, status, reason and notes of each file that was not used
+    """Return what was found and not used, and why."""
+    manifest = pd.read_parquet(run.manifest)
+    return manifest.loc[manifest.status != "used", ["path", "status", "reason", "notes"]].to_dict("records")
 
 # %% ../nbs/01_data.ipynb #d61b9f2e
 NAMES = ["train", "validation", "test", "unlabelled"]

@@ -172,7 +172,8 @@ def search_trials(
     requeue_dead(study)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(known_params(search.base, search.max_epochs))
-    deadline = time.monotonic() + seconds if seconds else math.inf
+    spent = sum(t.user_attrs.get("seconds", 0.0) for t in finished_trials(study))  # before a kill, when resumed
+    deadline = time.monotonic() + seconds - spent if seconds else math.inf
     while (done := finished_trials(study)) is not None and len(done) < trials:
         left = deadline - time.monotonic()
         usual = np.median([t.user_attrs["seconds"] for t in done if "seconds" in t.user_attrs] or [0.0])
@@ -209,12 +210,6 @@ def draw_study(
         drawn.append(folder / f"{name}.png")
     return drawn
 
-# %% ../nbs/03_tune.ipynb #341759bf
-def _subset(images: Images, share: float, seed: int) -> Images:
-    count = max(1, round(share * len(images)))
-    index = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
-    return images if share >= 1 else Images(images.array[index], images.targets[index])
-
 # %% ../nbs/03_tune.ipynb #02b7a97a
 def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:
     best = study.best_trial
@@ -244,7 +239,8 @@ def run_step(
     run = open_step(run_dir)
     base = standard_config(backbone, pretrained, transforms=transforms, size=size, batch_size=batch_size, seed=seed)
     policy, classes = make_policy(transforms, size), len(run.read("data")["classes"])
-    train = _subset(load_images(run, "train", policy), trial_share, seed)
+    train = load_images(run, "train", policy)
+    train = train.sample(max(1, round(trial_share * len(train))), seed)
     study = open_study(run, storage, seed)
     with tracked_step(run, "tune", {"trials": trials, "max_epochs": max_epochs, "trial_share": trial_share}) as record:
         search = Search(run, base, train, load_images(run, "validation", policy), classes, max_epochs, record)
