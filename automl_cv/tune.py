@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import optuna
 from matplotlib.figure import Figure
-from optuna.storages import RDBStorage, RetryFailedTrialCallback
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .baseline import standard_config
@@ -57,6 +58,9 @@ def known_params(
     return {"optimizer": base.optimizer, rate: base.lr, "epochs": max_epochs, "weight_decay": base.weight_decay,
             "strength": base.strength}
 
+# %% ../nbs/03_tune.ipynb #9d08d028
+warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats and plots, since Optuna 2
+
 # %% ../nbs/03_tune.ipynb #a5cab457
 def storage_url() -> str:
     """Return where Optuna keeps its trials by default: a SQLite file in the workspace."""
@@ -72,7 +76,7 @@ def open_study(
     home().mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kept = RDBStorage(storage or storage_url(), heartbeat_interval=10, grace_period=30,
-                      failed_trial_callback=RetryFailedTrialCallback())
+                      heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback())
     name = run.read("study", {}).get("name") or f"{run.path.name}-{uuid.uuid4().hex[:8]}"
     run.write("study", {"name": name})
     return optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True,
