@@ -1,0 +1,206 @@
+"""Whole runs as processes: papermill, kill -9, Ctrl-C, resume, a budget, and data that is no data."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import optuna
+import pytest
+from PIL import Image
+
+from automl_cv.core import AutomlError, Run
+from automl_cv.pipeline import run_notebook
+
+TINY = ("--backbone", "small_cnn", "--scratch", "--size", "32", "--batch-size", "8", "--trials", "3",
+        "--max-epochs", "3", "--time", "none")
+
+
+def automl_cv(home, *words):
+    """Start the command line as a user does."""
+    env = os.environ | {"AUTOML_CV_HOME": str(home)}
+    command = [sys.executable, "-c", "from automl_cv.pipeline import main; main()", *map(str, words)]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def call(home, *words):
+    """Run the command line to its end: exit status, stdout, stderr."""
+    process = automl_cv(home, *words)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def read_until(process, pattern):
+    """Read lines until one matches, and return all of them."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+    raise AssertionError(f"{pattern!r} never came:\n{''.join(lines)}\n{process.stderr.read()}")
+
+
+def kill_after(process, pattern, number=signal.SIGKILL):
+    """Send a signal once a line has come, and return the whole output."""
+    seen = read_until(process, pattern)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return seen + out, err
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Run, kill -9 in tuning, resume, kill -9 in the final training, resume: the outputs of the three."""
+    home = tmp_path_factory.mktemp("killed")
+    folder = home / "runs/killed"
+    first, _ = kill_after(automl_cv(home, "run", "demo:15", "--out", folder, *TINY), r"trial 1 epoch 1/")
+    second, _ = kill_after(automl_cv(home, "resume", folder), r"^  epoch 1/\d+: loss \S+ \d+ pictures")
+    third = call(home, "resume", folder)
+    return home, Run(folder), first, second, third
+
+
+def test_killed_in_tuning_goes_on_with_the_next_trial(killed):
+    home, run, first, second, _ = killed
+    assert "trial 0 epoch 1/" in first
+    assert "trial 0 epoch" not in second
+    assert "1/6 data" not in second and "2/6 baseline" not in second
+    study = optuna.load_study(study_name=run.read("study")["name"], storage=f"sqlite:///{home}/optuna.db")
+    states = [trial.state.name for trial in study.trials]
+    assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 3
+    dead = [trial for trial in study.trials if trial.state.name == "FAIL"]
+    assert len(dead) == 1 and any(t.params == dead[0].params and t.number > dead[0].number for t in study.trials)
+
+
+def test_killed_in_training_goes_on_behind_its_last_epoch(killed):
+    _, run, _, second, (status, out, err) = killed
+    assert status == 0, err
+    assert "3/6 tune" not in out and "4/6 train" in out
+    after = out.split("4/6 train")[1]
+    done = [int(n) for n in re.findall(r"^  epoch (\d+)/", second.split("4/6 train")[1], re.M)]
+    again = [int(n) for n in re.findall(r"^  epoch (\d+)/", after, re.M)]
+    assert not set(done) & set(again)
+    epochs = [entry["epoch"] for entry in run.read("train")["history"]]
+    assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_results_name_their_split(killed):
+    results = json.loads((killed[1].path / "results.json").read_text())
+    assert [results[name]["split"] for name in ("baseline", "tuned", "final")] == ["validation", "validation", "test"]
+    assert all(results[n]["low"] <= results[n]["accuracy"] <= results[n]["high"] for n in ("baseline", "tuned", "final"))
+    assert results["pretrained"] is False
+    assert len(killed[1].read("openings")) == 1
+
+
+def test_interrupt_once_stops_cleanly_and_says_how_to_go_on(tmp_path):
+    process = automl_cv(tmp_path, "run", "demo:15", "--out", tmp_path / "runs/r", *TINY)
+    _, err = kill_after(process, "2/6 baseline", signal.SIGINT)
+    assert process.returncode == 4
+    assert f"resume {tmp_path / 'runs/r'}" in err and "[interrupted]" in err and "Traceback" not in err
+
+
+def test_notebooks_run_with_parameters(tmp_path):
+    folder = tmp_path / "runs/papermill"
+    words = ("run", "demo:10", "--out", folder, "--notebooks", *TINY[:-6], "--trials", "2", "--max-epochs", "1",
+             "--time", "none")
+    status, out, err = call(tmp_path, *words)
+    assert status == 0, err
+    names = ["01_data", "02_baseline", "03_tune", "04_train", "05_evaluate", "06_serve"]
+    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == names
+    cells = nbformat.read(folder / "notebooks/03_tune.ipynb", 4).cells
+    injected = next(cell.source for cell in cells if "injected-parameters" in cell.metadata.get("tags", []))
+    assert "trials = 2" in injected and "max_epochs = 1" in injected
+    assert json.loads((folder / "results.json").read_text())["final"]["split"] == "test"
+
+
+def test_notebook_refuses_parameters_that_it_does_not_know(tmp_path):
+    for params, code in (({"epoch": 3}, "unknown_parameter"), ({"epochs": "3"}, "wrong_parameter_type")):
+        with pytest.raises(AutomlError) as caught:
+            run_notebook("train", params, Run(tmp_path))
+        assert caught.value.code == code
+
+
+def test_budget_ends_a_training_of_ten_thousand_epochs(tmp_path):
+    status, out, err = call(tmp_path, "run", "demo:60", "--out", tmp_path / "runs/r", "--backbone", "small_cnn",
+                            "--scratch", "--size", "48", "--time", "90s", "--trials", "100", "--epochs", "10000")
+    assert status == 0, err
+    assert len(Run(tmp_path / "runs/r").read("train")["history"]) < 10_000
+    assert json.loads((tmp_path / "runs/r/results.json").read_text())["time"]["budget"] == 90
+
+
+def test_run_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "request.json").write_text("{}")
+    status, _, err = call(tmp_path, "run", "demo:5", "--out", tmp_path)
+    assert (status, "[run_exists]" in err) == (2, True)
+
+
+def picture(path, colour="red"):
+    """Save a plain picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), colour).save(path, "PNG")
+
+
+def bad_data(folder, case):
+    """Make data that cannot be used."""
+    if case == "missing":
+        return folder / "absent"
+    if case == "broken zip":
+        (folder / "data.zip").write_bytes(b"PK\3\4 and nothing more")
+        return folder / "data.zip"
+    for name in {"one class": ["cat/1.png", "cat/2.png"], "no class folders": ["1.png", "2.png"], "empty": []}[case]:
+        picture(folder / "data" / name, "red" if "1" in name else "blue")
+    (folder / "data").mkdir(exist_ok=True)
+    return folder / "data"
+
+
+@pytest.mark.parametrize("case, code", [("missing", "source_not_found"), ("empty", "no_usable_image"),
+                                        ("one class", "one_class_only"), ("no class folders", "no_class_folders"),
+                                        ("broken zip", "bad_archive")])
+def test_bad_data_has_a_code_and_exit_status_3(tmp_path, case, code):
+    status, out, err = call(tmp_path, "check", bad_data(tmp_path, case))
+    assert status == 3
+    assert f"[{code}]" in err and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_check_names_every_file_that_is_not_used(tmp_path):
+    for label in ("cat", "dog"):
+        for number in range(4):
+            picture(tmp_path / "data" / label / f"{number}.png", (number * 60, 80 if label == "cat" else 160, 9))
+    (tmp_path / "data/cat/text.jpg").write_text("no picture")
+    (tmp_path / "data/cat/copy.png").write_bytes((tmp_path / "data/cat/0.png").read_bytes())
+    picture(tmp_path / "data/.hidden/1.png")
+    status, out, _ = call(tmp_path, "check", tmp_path / "data", "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert status == 0
+    assert (found["found"], found["used"], found["quarantined"], found["ignored"]) == (11, 8, 2, 1)
+    assert {row["path"]: row["reason"] for row in found["unused"]} == {
+        "cat/text.jpg": "not_an_image", "cat/copy.png": "duplicate", ".hidden/1.png": "system_file"}
+    assert found["classes"] == ["cat", "dog"]
+
+
+def test_original_layout_and_zip(tmp_path):
+    for split, count in (("seg_train", 6), ("seg_test", 2)):
+        for index, label in enumerate(("glacier", "sea")):
+            for number in range(count):
+                picture(tmp_path / "data" / split / split / label / f"{number}.png", (number, index * 90, count))
+    picture(tmp_path / "data/seg_pred/seg_pred/1.png", "white")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for path in sorted((tmp_path / "data").rglob("*.png")):
+            archive.write(path, path.relative_to(tmp_path))
+    for source in ("data", "data.zip"):
+        found = json.loads(call(tmp_path, "check", tmp_path / source, "--json")[1].splitlines()[-1])
+        assert found["classes"] == ["glacier", "sea"]
+        assert found["splits"] == {"train": 10, "validation": 2, "test": 4, "unlabelled": 1}
+
+
+def test_damaged_bundle_is_refused(tmp_path, bundle):
+    for name in ("model.json", "model.onnx"):
+        (tmp_path / name).write_bytes((bundle / name).read_bytes())
+    picture(tmp_path / "a.png")
+    status, _, err = call(tmp_path, "predict", tmp_path, tmp_path / "a.png")
+    assert (status, "[bundle_damaged]" in err, "Traceback" in err) == (3, True, False)
+    status, _, err = call(tmp_path, "serve", tmp_path)
+    assert (status, "[bundle_damaged]" in err, "Traceback" in err) == (3, True, False)
