@@ -1,0 +1,37 @@
+"""The files around the code: workflows, ignore lists, the promise that set-up happens once."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_workflows_fit_githubs_schema():
+    files = sorted(map(str, (ROOT / ".github/workflows").glob("*.yml")))
+    assert [Path(name).name for name in files] == ["ci.yml", "deploy.yml"]
+    done = subprocess.run([Path(sys.executable).parent / "check-jsonschema", "--builtin-schema",
+                           "vendor.github-workflows", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_deployment_is_private_and_stores_no_key():
+    deploy = (ROOT / ".github/workflows/deploy.yml").read_text()
+    assert "--no-allow-unauthenticated" in deploy and "--allow-unauthenticated" not in deploy.replace("--no-allow", "")
+    assert "secrets." not in deploy and "workload_identity_provider" in deploy
+
+
+def test_ci_calls_the_readmes_command():
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test" in (ROOT / ".github/workflows/ci.yml").read_text()
+    assert re.search(r"^make demo .*\nmake test ", (ROOT / "README.md").read_text(), re.M)
+
+
+def test_second_call_sets_nothing_up(tmp_path):
+    for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    plan = ["make", "-n", "demo"]
+    assert "pip install" in subprocess.run(plan, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.ready").touch()
+    assert "pip install" not in subprocess.run(plan, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
