@@ -23,7 +23,7 @@ TINY = ("--backbone", "small_cnn", "--scratch", "--size", "32", "--batch-size", 
 def automl_cv(home, *words):
     """Start the command line as a user does."""
     env = os.environ | {"AUTOML_CV_HOME": str(home)}
-    command = [sys.executable, "-c", "from automl_cv.pipeline import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from automl_cv.cli import main; main()", *map(str, words)]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
