@@ -100,7 +100,7 @@ def original_config(
 # %% ../nbs/02_baseline.ipynb #5a688e02
 def _fine_tune(run: Run, config: Config, images: list[Images], classes: int, seconds: float, record: Record) -> Training:
     def tell(entry: dict[str, float]) -> None:
-        say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['loss']:.3f}, "
+        say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, "
             f"validation {100 * entry['accuracy']:.1f} %, {entry['seen'] / entry['seconds']:.0f} pictures/s")
         record.log_metrics(entry, step=entry["epoch"])
     return fit(config, *images, classes, run.path / "baseline.pt", seconds, tell)

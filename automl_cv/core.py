@@ -69,6 +69,7 @@ CODES |= {
     "bundle_damaged": Code(500, 3, "The model bundle is damaged"),
     "not_ready": Code(503, 5, "The service is not ready"),
     "out_of_memory": Code(507, 5, "There is not enough memory"),
+    "disk_trouble": Code(507, 5, "A file could not be read or written"),
     "internal_error": Code(500, 5, "Something went wrong inside"),
     "seal_broken": Code(500, 3, "The test split was changed after it was sealed"),
     "step_missing": Code(409, 2, "An earlier step has not been run"),

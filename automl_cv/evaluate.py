@@ -191,7 +191,8 @@ def _judge(run: Run, record: Record) -> dict[str, Any]:
     _draw(run, answers, predictor, record)
     annotate_bundle(run.bundle, figures)
     record.log_metrics(figures)
-    record.log_metrics({f"recall_{i}": row["recall"] for i, row in enumerate(figures["classes"])})
+    for name in ("precision", "recall"):
+        record.log_metrics({f"{name}_{i}": row[name] for i, row in enumerate(figures["classes"])})
     return figures
 
 # %% ../nbs/05_evaluate.ipynb #145e7286

@@ -201,7 +201,7 @@ def train_one_epoch(
     training: Training,  # changed in place
     images: Images,  # the training pictures
     epoch: int,  # from 0
-) -> dict[str, float]:  # mean loss, pictures seen, seconds
+) -> dict[str, float]:  # train_loss (mean), seen (pictures), seconds
     """Train on every picture once, or until the time limit. Raises AutomlError interrupted."""
     training.model.train()
     config, losses, seen, before = training.config, [], 0, training.elapsed
@@ -214,7 +214,7 @@ def train_one_epoch(
         training.elapsed = before + time.monotonic() - started
         if training.progress() >= 1:
             break
-    return {"loss": float(np.mean(losses)), "seen": seen, "seconds": training.elapsed - before}
+    return {"train_loss": float(np.mean(losses)), "seen": seen, "seconds": training.elapsed - before}
 
 # %% ../nbs/01e_learner.ipynb #45c189aa
 @torch.inference_mode()

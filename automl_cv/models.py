@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -98,6 +99,16 @@ def _patience(seconds: float):
         socket.setdefaulttimeout(old)
 
 # %% ../nbs/01b_models.ipynb #18df40ae
+@cache
+def _download(name: str) -> tuple[dict[str, Tensor] | None, str]:
+    try:
+        with _patience(15):
+            weights = torchvision.models.get_weight(name)
+            return weights.get_state_dict(progress=False, check_hash=True), f"torchvision {name}"
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        return None, f"the download failed ({type(error).__name__})"
+
+# %% ../nbs/01b_models.ipynb #d87fc79d
 def load_weights(
     backbone: Backbone,  # an entry of the zoo
 ) -> tuple[dict[str, Tensor] | None, str]:  # a state dict or None, and where it came from or why there is none
@@ -107,12 +118,7 @@ def load_weights(
         return load(path), f"file {path.name}"
     if not backbone.weights:
         return None, "this backbone has no pretrained weights"
-    try:
-        with _patience(15):
-            weights = torchvision.models.get_weight(backbone.weights)
-            return weights.get_state_dict(progress=False, check_hash=True), f"torchvision {backbone.weights}"
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-        return None, f"the download failed ({type(error).__name__})"
+    return _download(backbone.weights)
 
 # %% ../nbs/01b_models.ipynb #56a3877a
 def _load_pth(path: Path) -> dict[str, Tensor]:
@@ -154,6 +160,11 @@ class Classifier(nn.Module):
         """Run the whole network."""
         return self.head(self.features(images))
 
+# %% ../nbs/01b_models.ipynb #bf1088ad
+@cache
+def _warn(backbone: str, why: str) -> None:
+    say(f"WARNING: {backbone} TRAINS FROM SCRATCH: {why}. Set AUTOML_CV_WEIGHTS to a folder with weights.")
+
 # %% ../nbs/01b_models.ipynb #b4b82655
 def _fill(model: Classifier, state: dict[str, Tensor]) -> None:
     missing, _ = model.body.load_state_dict(state, strict=False)
@@ -177,5 +188,5 @@ def create_model(
         if state is not None:
             _fill(model, state)
         else:
-            say(f"WARNING: {backbone} TRAINS FROM SCRATCH: {model.origin}. Set AUTOML_CV_WEIGHTS to a weights folder.")
+            _warn(backbone, model.origin)
     return model.to(memory_format=torch.channels_last)

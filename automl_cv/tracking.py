@@ -6,6 +6,7 @@
 __all__ = ['EXPERIMENT', 'tracking_uri', 'connect', 'Record', 'child', 'tracked_step', 'register']
 
 # %% ../nbs/01f_tracking.ipynb #2dab126e
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ def tracking_uri() -> str:
 def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
     """Connect to MLflow, making the database and the experiment where they are missing."""
     home().mkdir(parents=True, exist_ok=True)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
     client = MlflowClient(tracking_uri())
     found = client.get_experiment_by_name(EXPERIMENT)
     if found:

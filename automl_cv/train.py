@@ -71,7 +71,7 @@ def train_final(
 ) -> Training:  # finished
     """Train on all pictures but the test split, going on where a checkpoint is. Raises AutomlError interrupted."""
     def tell(entry: dict[str, float]) -> None:
-        say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['loss']:.3f}, "
+        say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, "
             f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
         record.log_metrics(entry, step=entry["epoch"])
     images, classes = load_all(run, make_policy(config.transforms, config.size)), run.read("data")["classes"]

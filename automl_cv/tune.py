@@ -100,7 +100,7 @@ def _on_epoch(trial: Trial, record: Record, config: Config) -> Callable[[dict[st
         say(f"  trial {trial.number} epoch {entry['epoch']}/{config.epochs}: validation "
             f"{100 * entry['accuracy']:.1f} %")
         trial.report(entry["accuracy"], entry["epoch"])
-        if not math.isfinite(entry["loss"]) or (trial.should_prune() and entry["epoch"] < config.epochs):
+        if not math.isfinite(entry["train_loss"]) or (trial.should_prune() and entry["epoch"] < config.epochs):
             raise optuna.TrialPruned
     return tell
 
