@@ -136,7 +136,7 @@ def split_rows(
     counts = manifest[manifest.status == "used"].split.value_counts()
     if not all(counts.get(name, 0) for name in ("train", "validation", "test")):
         raise AutomlError("too_few_images", "There are too few pictures for training, validation and test.",
-                          "Give each class at least three pictures, better thirty.")
+                          "Give each class at least four pictures, better thirty.")
     manifest.loc[manifest.status != "used", "split"] = ""
     return manifest
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 import torch
 from jinja2 import Environment, PackageLoader
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from .core import atomic_folder, hash_file, now, read_json, write_json
@@ -72,6 +72,9 @@ def torch_logits(
     model.eval()
     parts = [model(torch.tensor(images[i:i + batch])).float() for i in range(0, len(images), batch)]
     return torch.cat(parts).numpy()
+
+# %% ../nbs/03a_export.ipynb #933b25a0
+onnxruntime.disable_telemetry_events()  # the wheel has had a reporter since 1.32; nobody here asked for one
 
 # %% ../nbs/03a_export.ipynb #e504d9a6
 def onnx_logits(
@@ -158,7 +161,8 @@ def export_bundle(
             "packages": package_versions()} | facts
     with atomic_folder(folder) as draft:
         export_onnx(model, policy.size, draft / "model.onnx")
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, draft / "weights.safetensors")
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+        (draft / "weights.safetensors").write_bytes(save(weights))  # save_file makes it readable by the owner only
         _write_golden(draft / "golden.npz", model, policy, temperature)
         return _seal(draft, info)
 

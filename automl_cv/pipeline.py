@@ -49,7 +49,7 @@ def check_parameters(
             raise AutomlError("unknown_parameter", f"Step {step} has no parameter {name!r}.", hint)
         wanted, kind = known[name].annotation, type(value)
         if not (kind is wanted or wanted is float and kind is int):
-            raise AutomlError("wrong_parameter_type", f"{name} of {step} is {value!r}, of type {kind.__name__}.",
+            raise AutomlError("wrong_parameter_type", f"{name} of {step} is {value!r}, a {kind.__name__}.",
                               f"It must be of type {wanted.__name__}.")
 
 # %% ../nbs/07_pipeline.ipynb #f500bd42
@@ -154,7 +154,7 @@ def plan_train(
     tuned: int,  # epochs of the best trial
     test: int,  # pictures in the test split
 ) -> dict[str, Any]:  # the step's parameters
-    """Choose the final training's parameters: the epochs that fit, at least the tuned ones, at most twelve."""
+    """Choose the final training's parameters: the epochs that fit, at least the tuned, at most twelve."""
     if not request.seconds:
         return {"name": request.name, "epochs": request.epochs}
     seconds = max(0.3 * left, left - reserve(test, speed))

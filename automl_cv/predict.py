@@ -40,6 +40,9 @@ def read_bundle(
                           "Export it again or copy it again.")
     return info
 
+# %% ../nbs/04a_predict.ipynb #afda557c
+onnxruntime.disable_telemetry_events()  # the wheel has had a reporter since 1.32; nobody here asked for one
+
 # %% ../nbs/04a_predict.ipynb #5a8ebcc5
 def open_session(
     path: Path,  # an ONNX graph
