@@ -75,7 +75,8 @@ def probe_features(
 ) -> tuple[np.ndarray, int]:  # float64 [N, classes], and the number of training pictures that were used
     """Fit a linear model to frozen features and answer the validation pictures."""
     train = train.sample(affordable(model, train.at(size), seconds))
-    banks = [feature_bank(model, images.at(size), hash_bytes(images.array.tobytes())) for images in (train, validation)]
+    banks = [feature_bank(model, images.at(size), hash_bytes(images.array.tobytes()))
+             for images in (train, validation)]
     return linear_probe(banks[0], train.targets, model.head.out_features).logits(banks[1]), len(train)
 
 # %% ../nbs/02_baseline.ipynb #a90ede70
@@ -84,7 +85,7 @@ def standard_config(
     pretrained: bool = True,  # start from ImageNet weights where they can be had
     **changes: Any,  # fields of Config
 ) -> Config:
-    """Return settings that are known to work: more decay and less speed for a network that starts pretrained."""
+    """Return settings that are known to work: more decay and less speed for a pretrained network."""
     known = {"lr": 1e-3, "weight_decay": 0.05} if pretrained else {"lr": 3e-3, "weight_decay": 0.02}
     return replace(Config(backbone=backbone, pretrained=pretrained, **known), **changes)
 
@@ -93,12 +94,13 @@ def original_config(
     **changes: Any,  # fields of Config
 ) -> Config:
     """Return the original project's baseline, for comparison: Adam, constant 0.001, no averaging."""
-    known = Config(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant", label_smoothing=0.0, ema=0.0,
-                   transforms="original", batch_size=32, size=150, epochs=5)
+    known = Config(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant", label_smoothing=0.0,
+                   ema=0.0, transforms="original", batch_size=32, size=150, epochs=5)
     return replace(known, **changes)
 
 # %% ../nbs/02_baseline.ipynb #5a688e02
-def _fine_tune(run: Run, config: Config, images: list[Images], classes: int, seconds: float, record: Record) -> Training:
+def _fine_tune(run: Run, config: Config, images: list[Images], classes: int, seconds: float,
+               record: Record) -> Training:
     def tell(entry: dict[str, float]) -> None:
         say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, "
             f"validation {100 * entry['accuracy']:.1f} %, {entry['seen'] / entry['seconds']:.0f} pictures/s")
@@ -120,9 +122,10 @@ def _judge(run: Run, config: Config, seconds: float, record: Record) -> dict[str
     scores = {k: score(v, validation.targets) | {"train_images": len(train)} for k, v in logits.items()}
     scores[name]["train_images"] = probed  # fewer where the time did not allow all
     return {"split": "validation", "scores": scores,
-            "temperature": fit_temperature(logits["fine_tune"], validation.targets), "pictures_per_second": speed,
-            "config": config.as_dict(), "pretrained": training.model.pretrained, "origin": training.model.origin,
-            "history": training.history}
+            "temperature": fit_temperature(logits["fine_tune"], validation.targets),
+            "pictures_per_second": speed,
+            "config": config.as_dict(), "pretrained": training.model.pretrained,
+            "origin": training.model.origin, "history": training.history}
 
 # %% ../nbs/02_baseline.ipynb #b3de5f80
 def run_step(

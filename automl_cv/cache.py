@@ -75,8 +75,8 @@ class Images:
         """Return the middle squares."""
         return centre_crop(self.array, size)
 
-    def sample(self, count: int, seed: int = 0) -> "Images":  # at most `count` pictures, drawn by seed, in order
-        """Draw some of the pictures, or return all of them where there are no more."""
+    def sample(self, count: int, seed: int = 0) -> "Images":  # at most `count` pictures, in order
+        """Draw some of the pictures by seed, or return all of them where there are no more."""
         if count >= len(self):
             return self
         index = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])

@@ -28,9 +28,10 @@ from .pixels import DATASET, Policy, decode, open_image, sniff, to_square
 from .sources import Item, Source, open_source
 
 # %% ../nbs/01_data.ipynb #0b652abd
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2",
-            ".ico", ".psd", ".tga")
-COLUMNS = ["id", "path", "sha256", "phash", "width", "height", "format", "label", "split", "status", "reason", "notes"]
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif",
+            ".jp2", ".ico", ".psd", ".tga")
+COLUMNS = ["id", "path", "sha256", "phash", "width", "height", "format", "label", "split", "status", "reason",
+           "notes"]
 
 # %% ../nbs/01_data.ipynb #3726b04f
 def _refuse(item: Item, reason: str, notes: str, content: bytes = b"") -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _judge_copies(group: pd.DataFrame) -> list[tuple[str, str]]:
 def set_copies_aside(
     manifest: pd.DataFrame,  # one row per file
 ) -> pd.DataFrame:  # with copies quarantined: reasons duplicate, leaked, conflict
-    """Quarantine all but one of each set of files with the same bytes, and all of them where labels differ."""
+    """Quarantine all but one of the files with the same bytes, and all of them where labels differ."""
     manifest = manifest.copy()
     judged = manifest[(manifest.status == "used") & (manifest.split != "unlabelled")]
     for _, group in judged[judged.duplicated("sha256", keep=False)].groupby("sha256", sort=False):
@@ -180,7 +181,8 @@ def read_split(
 ) -> pd.DataFrame:  # the used rows, with `target`, the index of the class
     """Read the rows of a split."""
     if name == "test":
-        raise AutomlError("seal_broken", "The test split is sealed.", "Use open_test, which writes the opening down.")
+        raise AutomlError("seal_broken", "The test split is sealed.",
+                          "Use open_test, which writes the opening down.")
     return _rows(run, name)
 
 # %% ../nbs/01_data.ipynb #c9c435f7
@@ -198,7 +200,8 @@ def open_test(
     """Open the sealed test split and write the opening down. Raises AutomlError seal_broken."""
     rows = _rows(run, "test")
     if fingerprint(rows) != run.read("data")["seal"]:
-        raise AutomlError("seal_broken", "The test split is not the one that was sealed.", "Run step 1 again.")
+        raise AutomlError("seal_broken", "The test split is not the one that was sealed.",
+                          "Run step 1 again.")
     run.write("openings", run.read("openings", []) + [{"at": now(), "purpose": purpose}])
     return rows
 
@@ -269,7 +272,8 @@ def write_report(
         contact_sheet(source, train, classes).save(path, "JPEG", quality=88)
     page = Environment(loader=PackageLoader("automl_cv"), autoescape=True).get_template("report.html")
     with atomic_path(folder / "report.html") as path:
-        path.write_text(page.render(summary, splits=NAMES[:3], counts=counts.T.to_dict(), more=max(0, len(unused) - 500),
+        path.write_text(page.render(summary, splits=NAMES[:3], counts=counts.T.to_dict(),
+                                    more=max(0, len(unused) - 500),
                                     unused=unused[:500].to_dict("records")), encoding="utf-8")
 
 # %% ../nbs/01_data.ipynb #40513be9
@@ -325,7 +329,8 @@ def summarise(
     status, used = manifest.status.value_counts(), manifest[manifest.status == "used"]
     copies = manifest.reason.value_counts()
     warnings = [f"{copies[r]} files: {text}" for r, text in WARNINGS.items() if r in copies]
-    return {"source": source.url, "created": now(), "classes": classes, "found": len(manifest), "warnings": warnings,
+    return {"source": source.url, "created": now(), "classes": classes, "found": len(manifest),
+            "warnings": warnings,
             **{name: int(status.get(name, 0)) for name in ("used", "quarantined", "ignored")},
             "splits": {name: int((used.split == name).sum()) for name in NAMES},
             "fingerprint": fingerprint(used), "seal": fingerprint(used[used.split == "test"])}
@@ -338,7 +343,7 @@ def run_step(
     test: float = 0.15,  # share for the sealed test split, where the source brings none; above 0, below 1
     seed: int = 0,  # of the split
 ) -> dict[str, Any]:  # the content of data.json
-    """Scan a source, split it, and write manifest, summary and report. Raises AutomlError with the data's fault."""
+    """Scan a source, split it, write manifest, summary and report. Raises AutomlError."""
     run, opened = open_run(run_dir), open_source(source)
     manifest = set_copies_aside(scan(opened))
     classes = list_classes(manifest)

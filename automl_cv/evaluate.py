@@ -81,11 +81,13 @@ def measure(
     """Compute the figures of a set of answers."""
     figures = score(np.log(answers.probabilities + 1e-12), answers.targets)
     labels = range(len(answers.classes))
-    table = precision_recall_fscore_support(answers.targets, answers.predicted, labels=labels, zero_division=0)
+    table = precision_recall_fscore_support(answers.targets, answers.predicted, labels=labels,
+                                            zero_division=0)
     rows = [{"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "images": int(n)}
             for name, p, r, f, n in zip(answers.classes, *table)]
     return figures | {"macro_f1": float(np.mean([row["f1"] for row in rows])),
-                      "calibration_error": calibration_error(answers.probabilities, answers.targets), "classes": rows}
+                      "calibration_error": calibration_error(answers.probabilities, answers.targets),
+                      "classes": rows}
 
 # %% ../nbs/05_evaluate.ipynb #a6786d7c
 def draw_confusion(
@@ -99,7 +101,8 @@ def draw_confusion(
     seaborn.heatmap(counts, annot=not many, fmt="d", cmap="Blues", xticklabels=names, yticklabels=names,
                     square=True, cbar=many, ax=figure.subplots())
     correct = int(np.trace(counts))
-    figure.axes[0].set(xlabel="predicted", ylabel="true", title=f"{correct} of {counts.sum()} test pictures right")
+    figure.axes[0].set(xlabel="predicted", ylabel="true",
+                       title=f"{correct} of {counts.sum()} test pictures right")
     return figure
 
 # %% ../nbs/05_evaluate.ipynb #0319c05e
@@ -109,7 +112,8 @@ def worst_mistakes(
 ) -> list[int]:  # indices, the most confident mistake first
     """Find the wrong answers that the model was surest of."""
     wrong = np.flatnonzero(answers.predicted != answers.targets)
-    return [int(i) for i in wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:count]]
+    return [int(i)
+            for i in wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:count]]
 
 # %% ../nbs/05_evaluate.ipynb #9e644712
 def draw_mistakes(
@@ -141,7 +145,8 @@ def torch_probabilities(
     model.eval()
     parts = []
     for start in range(0, len(items), 64):
-        images = np.stack([pixels(item.read(), predictor.policy, DATASET) for item in items[start:start + 64]])
+        images = np.stack([pixels(item.read(), predictor.policy, DATASET)
+                           for item in items[start:start + 64]])
         parts.append(torch.softmax(model(torch.from_numpy(images)) / predictor.info["temperature"], dim=1))
     return torch.cat(parts).numpy()
 
@@ -154,7 +159,8 @@ def check_parity(
     worst = float(np.abs(answers.probabilities - expected).max())
     changed = int((answers.predicted != expected.argmax(axis=1)).sum())
     if worst > 1e-4 or changed:
-        raise AutomlError("bundle_damaged", f"The bundle differs from the trained model: {worst:.2g}, {changed} labels.",
+        raise AutomlError("bundle_damaged",
+                          f"The bundle differs from the trained model: {worst:.2g}, {changed} labels.",
                           "Export it with the pinned versions of constraints.txt.")
     return {"max_difference": worst, "changed_labels": changed}
 
@@ -209,6 +215,7 @@ def run_step(
     accuracy = results["final"]["accuracy"]
     say(f"  test accuracy {100 * accuracy:.1f} %")
     if accuracy < min_accuracy:
-        raise AutomlError("below_gate", f"The test accuracy {accuracy:.4f} is below the gate {min_accuracy:.4f}.",
+        raise AutomlError("below_gate",
+                          f"The test accuracy {accuracy:.4f} is below the gate {min_accuracy:.4f}.",
                           "Give training more time or more pictures, or lower min_accuracy.")
     return results

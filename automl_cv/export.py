@@ -162,7 +162,7 @@ def export_bundle(
     with atomic_folder(folder) as draft:
         export_onnx(model, policy.size, draft / "model.onnx")
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-        (draft / "weights.safetensors").write_bytes(save(weights))  # save_file makes it readable by the owner only
+        (draft / "weights.safetensors").write_bytes(save(weights))  # save_file hides it from other users
         _write_golden(draft / "golden.npz", model, policy, temperature)
         return _seal(draft, info)
 
@@ -179,7 +179,7 @@ def colour_bundle(
 # %% ../nbs/03a_export.ipynb #5d750155
 def annotate_bundle(
     folder: Path,  # an existing bundle
-    metrics: dict[str, Any],  # test figures: accuracy, low, high, images, macro_f1, calibration_error, classes
+    metrics: dict[str, Any],  # accuracy, low, high, images, macro_f1, calibration_error, classes
 ) -> dict[str, Any]:  # the content of model.json
     """Add test figures to a bundle's model.json and card."""
     info = read_json(folder / "model.json") | {"metrics": metrics}

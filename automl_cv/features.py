@@ -79,4 +79,5 @@ def linear_probe(
 ) -> Probe:
     """Fit logistic regression on standardised features."""
     regression = LogisticRegression(C=strength, max_iter=300, tol=1e-3)
-    return Probe(make_pipeline(StandardScaler(), regression).fit(np.asarray(features, np.float32), targets), classes)
+    return Probe(make_pipeline(StandardScaler(), regression).fit(np.asarray(features, np.float32), targets),
+                 classes)

@@ -127,7 +127,8 @@ def make_optimizer(
     """Build the optimizer. Biases and normalisation weights are not decayed."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": plain, "weight_decay": 0.0}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
@@ -168,7 +169,8 @@ def start_training(
 # %% ../nbs/01e_learner.ipynb #194c2f7d
 @torch.no_grad()
 def _average(training: Training) -> None:
-    decay = min(training.config.ema, (1 + training.step) / (10 + training.step)) if training.config.ema else 0.0
+    decay = min(training.config.ema,
+                (1 + training.step) / (10 + training.step)) if training.config.ema else 0.0
     for mean, value in zip(training.averaged.state_dict().values(), training.model.state_dict().values()):
         if mean.is_floating_point():
             mean.lerp_(value, 1 - decay)
@@ -188,7 +190,8 @@ def train_step(
         group["lr"] = config.lr * factor
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
         logits = training.model(images.to(device))
-    loss = nn.functional.cross_entropy(logits.float(), targets.to(device), label_smoothing=config.label_smoothing)
+    loss = nn.functional.cross_entropy(logits.float(), targets.to(device),
+                                       label_smoothing=config.label_smoothing)
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     training.optimizer.step()
@@ -253,7 +256,8 @@ def score(
     correct = int((logits.argmax(axis=1) == targets).sum())
     low, high = wilson(correct, len(targets))
     loss = nn.functional.cross_entropy(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets))
-    return {"accuracy": correct / len(targets), "low": low, "high": high, "loss": loss.item(), "images": len(targets)}
+    return {"accuracy": correct / len(targets), "low": low, "high": high, "loss": loss.item(),
+            "images": len(targets)}
 
 # %% ../nbs/01e_learner.ipynb #4bb49cc8
 def fit_temperature(

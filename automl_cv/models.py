@@ -61,7 +61,8 @@ ZOO = {b.name: b for b in (
     Backbone("resnet18", _zoo.resnet18, "ResNet18_Weights.IMAGENET1K_V1", "fc", 1.81, _LICENCE),
     Backbone("resnet34", _zoo.resnet34, "ResNet34_Weights.IMAGENET1K_V1", "fc", 3.66, _LICENCE),
     Backbone("resnet50", _zoo.resnet50, "ResNet50_Weights.IMAGENET1K_V2", "fc", 4.09, _LICENCE),
-    Backbone("mobilenet_v2", _zoo.mobilenet_v2, "MobileNet_V2_Weights.IMAGENET1K_V2", "classifier.1", 0.3, _LICENCE),
+    Backbone("mobilenet_v2", _zoo.mobilenet_v2, "MobileNet_V2_Weights.IMAGENET1K_V2", "classifier.1", 0.3,
+             _LICENCE),
     Backbone("mobilenet_v3_large", _zoo.mobilenet_v3_large, "MobileNet_V3_Large_Weights.IMAGENET1K_V2",
              "classifier.3", 0.22, _LICENCE),
     Backbone("efficientnet_b0", _zoo.efficientnet_b0, "EfficientNet_B0_Weights.IMAGENET1K_V1", "classifier.1",
@@ -74,18 +75,20 @@ def find_backbone(
 ) -> Backbone:
     """Look a backbone up. Raises AutomlError unknown_backbone."""
     if name not in ZOO:
-        raise AutomlError("unknown_backbone", f"There is no backbone {name!r}.", f"Choose one of {', '.join(ZOO)}.")
+        raise AutomlError("unknown_backbone", f"There is no backbone {name!r}.",
+                          f"Choose one of {', '.join(ZOO)}.")
     return ZOO[name]
 
 # %% ../nbs/01b_models.ipynb #cb1c6b2a
 def local_weights(
     name: str,  # a backbone's name
 ) -> Path | None:  # the first match, safetensors before pth; None where there is none
-    """Find a file of starting weights in the folder that AUTOML_CV_WEIGHTS names, by its `name.` or `name-` prefix."""
+    """Find weights in the folder that AUTOML_CV_WEIGHTS names, by the prefix `name.` or `name-`."""
     folder = os.environ.get("AUTOML_CV_WEIGHTS")
     if not folder:
         return None
-    files = sorted(p for p in Path(folder).glob(f"{name}[.-]*") if p.suffix in (".safetensors", ".pth", ".pt"))
+    files = sorted(p
+                   for p in Path(folder).glob(f"{name}[.-]*") if p.suffix in (".safetensors", ".pth", ".pt"))
     return min(files, key=lambda p: p.suffix != ".safetensors", default=None)
 
 # %% ../nbs/01b_models.ipynb #39f7fd5a
@@ -111,7 +114,7 @@ def _download(name: str) -> tuple[dict[str, Tensor] | None, str]:
 # %% ../nbs/01b_models.ipynb #d87fc79d
 def load_weights(
     backbone: Backbone,  # an entry of the zoo
-) -> tuple[dict[str, Tensor] | None, str]:  # a state dict or None, and where it came from or why there is none
+) -> tuple[dict[str, Tensor] | None, str]:  # a state dict, and where it came from; or None, and why
     """Get a backbone's ImageNet weights from AUTOML_CV_WEIGHTS, torchvision's cache, or a download."""
     if path := local_weights(backbone.name):
         load = load_file if path.suffix == ".safetensors" else _load_pth
@@ -134,7 +137,8 @@ class Normalise(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("scale", 1 / (255 * torch.tensor(STD).view(1, 3, 1, 1)))
-        self.register_buffer("shift", -torch.tensor(MEAN).view(1, 3, 1, 1) / torch.tensor(STD).view(1, 3, 1, 1))
+        self.register_buffer("shift",
+                             -torch.tensor(MEAN).view(1, 3, 1, 1) / torch.tensor(STD).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:  # uint8 [N, H, W, 3] to float32 [N, 3, H, W]
         """Move channels to the front, scale and shift."""
@@ -169,7 +173,8 @@ def _warn(backbone: str, why: str) -> None:
 def _fill(model: Classifier, state: dict[str, Tensor]) -> None:
     missing, _ = model.body.load_state_dict(state, strict=False)
     if missing:
-        raise AutomlError("unknown_backbone", f"The weights are not for {model.backbone}: {missing[0]} is missing.",
+        raise AutomlError("unknown_backbone",
+                          f"The weights are not for {model.backbone}: {missing[0]} is missing.",
                           "Check the file in AUTOML_CV_WEIGHTS.")
 
 # %% ../nbs/01b_models.ipynb #7144f41e

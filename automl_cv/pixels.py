@@ -19,17 +19,22 @@ from PIL import Image
 from .core import AutomlError
 
 # %% ../nbs/00a_pixels.ipynb #03a1edd6
-ACCEPTED = {"JPEG": ("JPEG", "MPO"), "PNG": ("PNG",), "WebP": ("WEBP",), "GIF": ("GIF",), "BMP": ("BMP", "DIB"),
-            "TIFF": ("TIFF",), "AVIF": ("AVIF",)}  # our name, and Pillow's names of the decoders that may open it
+ACCEPTED = {"JPEG": ("JPEG", "MPO"), "PNG": ("PNG",), "WebP": ("WEBP",), "GIF": ("GIF",),
+            "BMP": ("BMP", "DIB"),
+            "TIFF": ("TIFF",), "AVIF": ("AVIF",)}  # our name, Pillow's names of the decoders
 SIGNATURES = (
-    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (8, b"WEBP", "WebP"), (0, b"GIF87a", "GIF"),
-    (0, b"GIF89a", "GIF"), (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"II+\0", "TIFF"),
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (8, b"WEBP", "WebP"),
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"), (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"),
     (0, b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (0, b"8BPS", "Photoshop"),
-    (0, b"\0\0\1\0", "icon"), (0, b"SIMPLE  =", "FITS"), (0, b"\xff\x0a", "JPEG XL"), (0, b"v/1\x01", "OpenEXR"),
+    (0, b"\0\0\1\0", "icon"), (0, b"SIMPLE  =", "FITS"), (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"v/1\x01", "OpenEXR"),
 )  # offset, bytes, format
 
 # %% ../nbs/00a_pixels.ipynb #dbb3e16a
-BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC",
+          b"msf1": "HEIC"}
 
 # %% ../nbs/00a_pixels.ipynb #3c30acae
 def sniff(
@@ -61,11 +66,12 @@ def check_size(
     height: int,  # pixels
     limits: Limits,  # what is allowed
 ) -> None:
-    """Refuse a picture by the size in its header. Raises AutomlError too_many_pixels, too_small, extreme_ratio."""
+    """Refuse by the size in the header. Raises AutomlError too_many_pixels, too_small, extreme_ratio."""
     low, high = sorted((width, height))
     size = f"The picture has {width} x {height} pixels"
     if width * height > limits.max_pixels:
-        raise AutomlError("too_many_pixels", f"{size}.", f"Scale it below {limits.max_pixels / 1e6:g} megapixels.")
+        raise AutomlError("too_many_pixels", f"{size}.",
+                          f"Scale it below {limits.max_pixels / 1e6:g} megapixels.")
     if low < limits.min_side:
         raise AutomlError("too_small", f"{size}.", f"Each side needs at least {limits.min_side}.")
     if high > limits.max_ratio * low:
@@ -86,7 +92,8 @@ def _recognise(data: bytes, limits: Limits) -> str:
     if name and name not in ACCEPTED:
         raise AutomlError("unsupported_format", f"{name} pictures are not accepted.", CONVERT)
     if not name:
-        raise AutomlError("not_an_image", "No picture format was recognised in the file.", "Send a JPEG or PNG.")
+        raise AutomlError("not_an_image", "No picture format was recognised in the file.",
+                          "Send a JPEG or PNG.")
     return name
 
 # %% ../nbs/00a_pixels.ipynb #cc4ae63f
@@ -94,13 +101,13 @@ def open_image(
     data: bytes,  # a file's content
     limits: Limits = UPLOAD,  # what is allowed
 ) -> Image.Image:  # opened, not yet decoded
-    """Open a picture after checking format and size. Raises AutomlError with the code of the first failing check."""
+    """Open a picture, checking format and size. Raises AutomlError with the code of the failing check."""
     name = _recognise(data, limits)
     try:
         image = Image.open(io.BytesIO(data), formats=ACCEPTED[name])
     except Image.DecompressionBombError:
         raise AutomlError("too_many_pixels", "The picture has too many pixels.", "Scale it down.") from None
-    except Exception:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more on a broken header
+    except Exception:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more
         raise AutomlError("not_an_image", f"The file starts like {name}, but has no readable header.",
                           "Send another copy.") from None
     check_size(*image.size, limits)
@@ -131,7 +138,8 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 # %% ../nbs/00a_pixels.ipynb #9b59fadf
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # EXIF 2.32, tag 0x0112
 
@@ -156,7 +164,7 @@ def decode(
         if target:
             image.draft("RGB", (2 * target, 2 * target))
         image.load()
-        turn = _turn(image)  # after load: on a PNG, getexif loads too, and its failure would pass for broken EXIF
+        turn = _turn(image)  # after load: getexif loads a PNG too, and hides that it is damaged
         image = _to_rgb(image, notes)
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, MemoryError):
         raise AutomlError("damaged_image", "The picture opens, but its pixels cannot be read.",

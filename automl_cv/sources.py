@@ -44,7 +44,8 @@ class Source:
         return {item.name: item for item in self.items}
 
 # %% ../nbs/00c_sources.ipynb #e33b8d1b
-SPLITS = {"train": "train", "training": "train", "seg_train": "train", "val": "validation", "valid": "validation",
+SPLITS = {"train": "train", "training": "train", "seg_train": "train", "val": "validation",
+          "valid": "validation",
           "validation": "validation", "dev": "validation", "seg_val": "validation", "test": "test",
           "testing": "test", "seg_test": "test", "seg_pred": "unlabelled", "unlabelled": "unlabelled"}
 
@@ -81,7 +82,7 @@ def _place(path: list[str], depth: int, has_splits: bool) -> tuple[str, str]:
 def lay_out(
     items: list[Item],  # as found, without labels
 ) -> list[Item]:  # with labels and splits as their paths say
-    """Read labels and splits from the paths of a source. What lies outside any class folder keeps no label."""
+    """Read labels and splits from paths. What lies outside any class folder keeps no label."""
     paths = [item.name.split("/") for item in items if not item.ignored]
     depth = _unwrap(paths)
     has_splits = _splits_at(paths, depth) if paths else False
@@ -140,7 +141,8 @@ def _check_archive(entries: list[zipfile.ZipInfo]) -> None:
         raise AutomlError("password_protected", "The archive is encrypted.", "Pack it without a password.")
     ordered = sorted(entries, key=lambda entry: entry.header_offset)
     if any(a.header_offset + 30 + a.compress_size > b.header_offset for a, b in zip(ordered, ordered[1:])):
-        raise AutomlError("overlapping_entries", "Entries of the archive share their content.", "Pack it again.")
+        raise AutomlError("overlapping_entries", "Entries of the archive share their content.",
+                          "Pack it again.")
 
 # %% ../nbs/00c_sources.ipynb #da80231b
 def _entry_mode(entry: zipfile.ZipInfo) -> int:
@@ -151,11 +153,12 @@ def _entry_mode(entry: zipfile.ZipInfo) -> int:
 def open_zip(
     path: Path,  # an existing file
 ) -> list[Item]:  # in the order of the archive
-    """List the files of a zip archive. Raises AutomlError bad_archive and the codes of the archive's limits."""
+    """List the files of a zip archive. Raises AutomlError bad_archive and the codes of its limits."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise AutomlError("bad_archive", f"{path.name} is not a readable zip archive.", "Pack it again.") from None
+        raise AutomlError("bad_archive", f"{path.name} is not a readable zip archive.",
+                          "Pack it again.") from None
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     _check_archive(entries)
     items, seen = [], set()
@@ -196,11 +199,12 @@ def _list(url: str) -> list[Item]:
         return open_folder(path)
     if path.is_file():
         return open_zip(path)
-    raise AutomlError("source_not_found", f"There is no file or folder {url!r}.", "Check the spelling of the path.")
+    raise AutomlError("source_not_found", f"There is no file or folder {url!r}.",
+                      "Check the spelling of the path.")
 
 # %% ../nbs/00c_sources.ipynb #c26b216b
 def open_source(
     url: str,  # a folder, a zip archive, `demo` or `demo:N`
 ) -> Source:
-    """Open whatever the user has. Raises AutomlError source_not_found, source_unsupported, bad_archive and others."""
+    """Open what the user has. Raises AutomlError source_not_found, source_unsupported, bad_archive, ..."""
     return Source(url, lay_out(_list(url)))

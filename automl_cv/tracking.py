@@ -136,7 +136,7 @@ def register(
     bundle: Path,  # a folder with model.json
     name: str,  # of the registered model
 ) -> str:  # the version, like "3"
-    """Keep a bundle, register it as a new version, check the copy, and make it `champion`. Raises AutomlError."""
+    """Keep a bundle as a new version, check the copy, make it `champion`. Raises AutomlError."""
     record.log_file(bundle)
     source = f"{record.client.get_run(record.run_id).info.artifact_uri}/{bundle.name}"
     try:

@@ -69,7 +69,7 @@ def train_final(
     seconds: float,  # time limit; 0 for none
     record: Record,  # the step's
 ) -> Training:  # finished
-    """Train on all pictures but the test split, going on where a checkpoint is. Raises AutomlError interrupted."""
+    """Train on all but the test split, going on behind a checkpoint. Raises AutomlError interrupted."""
     def tell(entry: dict[str, float]) -> None:
         say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, "
             f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
@@ -106,9 +106,10 @@ def write_bundle(
     """Export the averaged weights with everything that a server needs."""
     config, data, model = training.config, run.read("data"), training.averaged.cpu()
     licence = find_backbone(config.backbone).licence if model.pretrained else "none: trained from scratch"
-    used = {"images": data["splits"]["train"] + data["splits"]["validation"], "fingerprint": data["fingerprint"]}
-    facts = {"name": name, "backbone": config.backbone, "pretrained": model.pretrained, "origin": model.origin,
-             "licence": licence, "config": config.as_dict(), "data": used}
+    used = {"images": data["splits"]["train"] + data["splits"]["validation"],
+            "fingerprint": data["fingerprint"]}
+    facts = {"name": name, "backbone": config.backbone, "pretrained": model.pretrained,
+             "origin": model.origin, "licence": licence, "config": config.as_dict(), "data": used}
     policy = make_policy(config.transforms, config.size)
     return export_bundle(model, run.bundle, data["classes"], policy, facts, temperature)
 
@@ -127,7 +128,8 @@ def run_step(
 ) -> dict[str, Any]:  # the content of train.json
     """Train the final model, write its bundle, check it and register it as champion. Raises AutomlError."""
     run = open_step(run_dir)
-    default = standard_config(backbone, pretrained, transforms=transforms, size=size, batch_size=batch_size, seed=seed)
+    default = standard_config(backbone, pretrained, transforms=transforms, size=size, batch_size=batch_size,
+                              seed=seed)
     config, temperature = choose_config(run, default, epochs)
     with tracked_step(run, "train", config.as_dict()) as record:
         training = train_final(run, config, seconds, record)

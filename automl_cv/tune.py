@@ -55,8 +55,8 @@ def known_params(
 ) -> dict[str, Any]:  # parameters for `study.enqueue_trial`
     """Express a configuration in the words of the search space."""
     rate = "lr_sgd" if base.optimizer == "sgd" else "lr"
-    return {"optimizer": base.optimizer, rate: base.lr, "epochs": max_epochs, "weight_decay": base.weight_decay,
-            "strength": base.strength}
+    return {"optimizer": base.optimizer, rate: base.lr, "epochs": max_epochs,
+            "weight_decay": base.weight_decay, "strength": base.strength}
 
 # %% ../nbs/03_tune.ipynb #9d08d028
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats and plots, since Optuna 2
@@ -100,7 +100,8 @@ def _on_epoch(trial: Trial, record: Record, config: Config) -> Callable[[dict[st
         say(f"  trial {trial.number} epoch {entry['epoch']}/{config.epochs}: validation "
             f"{100 * entry['accuracy']:.1f} %")
         trial.report(entry["accuracy"], entry["epoch"])
-        if not math.isfinite(entry["train_loss"]) or (trial.should_prune() and entry["epoch"] < config.epochs):
+        hopeless = trial.should_prune() and entry["epoch"] < config.epochs
+        if hopeless or not math.isfinite(entry["train_loss"]):
             raise optuna.TrialPruned
     return tell
 
@@ -176,7 +177,7 @@ def search_trials(
     requeue_dead(study)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(known_params(search.base, search.max_epochs))
-    spent = sum(t.user_attrs.get("seconds", 0.0) for t in finished_trials(study))  # before a kill, when resumed
+    spent = sum(t.user_attrs.get("seconds", 0.0) for t in finished_trials(study))  # before a kill
     deadline = time.monotonic() + seconds - spent if seconds else math.inf
     while (done := finished_trials(study)) is not None and len(done) < trials:
         left = deadline - time.monotonic()
@@ -220,7 +221,8 @@ def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:
     config = suggest_config(optuna.trial.FixedTrial(best.params), search.base, search.max_epochs)
     states = [trial.state.name.lower() for trial in finished_trials(study)]
     return {"split": "validation", "config": config.as_dict(), "scores": best.user_attrs["scores"],
-            "temperature": best.user_attrs["temperature"], "best_trial": best.number, "study": study.study_name,
+            "temperature": best.user_attrs["temperature"], "best_trial": best.number,
+            "study": study.study_name,
             "trials": {state: states.count(state) for state in ("complete", "pruned")},
             "trial_images": len(search.train)}
 
@@ -239,14 +241,16 @@ def run_step(
     storage: str = "",  # Optuna storage URL; empty is a SQLite file in the workspace
     seed: int = 0,  # of the sampler, initialisation, order and augmentation
 ) -> dict[str, Any]:  # the content of tune.json
-    """Search for the best configuration on the validation split, going on where it stopped. Raises AutomlError."""
+    """Search the best configuration on validation pictures, going on where it stopped. Raises AutomlError."""
     run = open_step(run_dir)
-    base = standard_config(backbone, pretrained, transforms=transforms, size=size, batch_size=batch_size, seed=seed)
+    base = standard_config(backbone, pretrained, transforms=transforms, size=size, batch_size=batch_size,
+                           seed=seed)
     policy, classes = make_policy(transforms, size), len(run.read("data")["classes"])
     train = load_images(run, "train", policy)
     train = train.sample(max(1, round(trial_share * len(train))), seed)
     study = open_study(run, storage, seed)
-    with tracked_step(run, "tune", {"trials": trials, "max_epochs": max_epochs, "trial_share": trial_share}) as record:
+    with tracked_step(run, "tune",
+                      {"trials": trials, "max_epochs": max_epochs, "trial_share": trial_share}) as record:
         search = Search(run, base, train, load_images(run, "validation", policy), classes, max_epochs, record)
         search_trials(study, search, trials, seconds)
         found = _conclude(study, search)
