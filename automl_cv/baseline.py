@@ -16,11 +16,12 @@ from PIL import Image
 
 from .cache import Images, load_images
 from .core import Run, hash_bytes, say
-from .data import make_policy, open_step
+from .data import open_step
 from .features import extract_features, feature_bank, linear_probe
 from .learner import Config, Training, fit, fit_temperature, score
 from .models import Classifier, create_model
 from .tracking import Record, tracked_step
+from .transforms import make_policy
 
 # %% ../nbs/02_baseline.ipynb #b0181b5f
 def majority_logits(
@@ -132,7 +133,7 @@ def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     backbone: str = "small_cnn",  # a key of models.ZOO
     pretrained: bool = False,  # start from ImageNet weights where they can be had
-    transforms: str = "standard",  # a key of data.PRESETS
+    transforms: str = "standard",  # a key of transforms.PRESETS
     size: int = 32,  # side of the network's input, pixels
     epochs: int = 3,  # passes over the training pictures
     batch_size: int = 32,  # pictures per step

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from .cache import Images
 from .compat import v2
 from .core import atomic_path, check_stop, hash_bytes, track
-from .data import make_augmentation
 from .models import Classifier, create_model
+from .transforms import make_augmentation
 
 # %% ../nbs/01e_learner.ipynb #ac0c0a70
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config:
     """How to train a network."""
     backbone: str = "resnet18"  # a key of models.ZOO
     pretrained: bool = True  # start from ImageNet weights where they can be had
-    transforms: str = "standard"  # a key of data.PRESETS
+    transforms: str = "standard"  # a key of transforms.PRESETS
     size: int = 160  # side of the network's input, pixels
     epochs: int = 3  # passes over the training pictures, at least 1
     batch_size: int = 64  # pictures per step, at least 2

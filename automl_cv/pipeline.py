@@ -97,7 +97,7 @@ class Request:
     source: str  # a folder, a zip archive, demo or demo:N
     backbone: str = "resnet18"  # a key of models.ZOO
     pretrained: bool = True  # start from ImageNet weights where they can be had
-    transforms: str = "standard"  # a key of data.PRESETS
+    transforms: str = "standard"  # a key of transforms.PRESETS
     size: int = 160  # side of the network's input, pixels
     seconds: float = 1800.0  # time for everything; 0 for no limit
     trials: int = 8  # finished trials wanted

@@ -85,29 +85,18 @@ class Predictor:
         self.session = open_session(Path(folder) / "model.onnx", threads)
         check_golden(self, Path(folder) / "golden.npz")
 
-    def probabilities(
-        self,
-        images: np.ndarray,  # uint8 [N, S, S, 3]
-    ) -> np.ndarray:  # float32 [N, C]
+    def probabilities(self, images: np.ndarray) -> np.ndarray:  # uint8 [N, S, S, 3] to float32 [N, C]
         """Run the graph and turn its logits into calibrated probabilities."""
         logits = self.session.run(None, {"images": images})[0] / np.float32(self.info["temperature"])
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
-    def decode(
-        self,
-        data: bytes,  # a file's content
-        limits: Limits = UPLOAD,  # what is allowed
-    ) -> tuple[np.ndarray, list[str]]:  # uint8 [S, S, 3], and notes
+    def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:  # and notes
         """Decode a picture as training did. Raises AutomlError."""
         image, notes = decode(data, self.policy.store, limits)
         return centre_crop(to_square(image, self.policy.store, self.policy.fit), self.policy.size), notes
 
-    def predict(
-        self,
-        data: bytes,  # a file's content
-        limits: Limits = UPLOAD,  # what is allowed
-    ) -> Prediction:
+    def predict(self, data: bytes, limits: Limits = UPLOAD) -> Prediction:
         """Classify one picture. Raises AutomlError."""
         image, notes = self.decode(data, limits)
         return self._answer(self.probabilities(image[None])[0], notes)

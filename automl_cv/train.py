@@ -15,12 +15,13 @@ import numpy as np
 from .baseline import standard_config
 from .cache import Images, decode_rows
 from .core import AutomlError, Run, read_json, say
-from .data import make_policy, open_step, read_split
+from .data import open_step, read_split
 from .export import export_bundle, onnx_logits, parity, torch_logits
 from .learner import Config, Training, fit
 from .models import find_backbone
 from .pixels import Policy
 from .tracking import Record, register, tracked_step
+from .transforms import make_policy
 
 # %% ../nbs/04_train.ipynb #255c9e13
 def choose_config(
@@ -118,7 +119,7 @@ def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     backbone: str = "small_cnn",  # a key of models.ZOO; used without step 3
     pretrained: bool = False,  # start from ImageNet weights where they can be had; used without step 3
-    transforms: str = "standard",  # a key of data.PRESETS; used without step 3
+    transforms: str = "standard",  # a key of transforms.PRESETS; used without step 3
     size: int = 32,  # side of the network's input, pixels; used without step 3
     batch_size: int = 32,  # pictures per step; used without step 3
     epochs: int = 0,  # passes over the pictures; 0 takes the tuned number

@@ -27,9 +27,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from .baseline import standard_config
 from .cache import Images, load_images
 from .core import AutomlError, Run, atomic_path, home, say
-from .data import make_policy, open_step
+from .data import open_step
 from .learner import Config, Training, fit, fit_temperature, score
 from .tracking import Record, child, tracked_step
+from .transforms import make_policy
 
 # %% ../nbs/03_tune.ipynb #28206a27
 ADAM_LR, SGD_LR = (1e-4, 1e-2), (3e-3, 3e-1)  # ranges of the peak learning rate
@@ -231,7 +232,7 @@ def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     backbone: str = "small_cnn",  # a key of models.ZOO
     pretrained: bool = False,  # start from ImageNet weights where they can be had
-    transforms: str = "standard",  # a key of data.PRESETS
+    transforms: str = "standard",  # a key of transforms.PRESETS
     size: int = 32,  # side of the network's input, pixels
     trials: int = 3,  # finished trials wanted, pruned ones included, at least 1
     max_epochs: int = 2,  # the longest trial, passes over its pictures, at least 1
