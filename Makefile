@@ -11,6 +11,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "automl_cv needs Python 3.11 or newer")'
 	@echo "Setting up .venv: about 200 packages, a few minutes, once."
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt pip
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[serve,train,dev]"
 	@touch $(READY)
 

@@ -46,7 +46,7 @@ def closing_lines(
 # %% ../nbs/07a_cli.ipynb #e8613418
 def command() -> str:
     """Return how to call this program from here, for the commands that it prints."""
-    called = Path(sys.argv[0])
+    called = Path(sys.argv[0]).absolute()
     if called.name != "automl-cv" or not called.is_relative_to(Path.cwd()):
         return "automl-cv"
     return str(called.relative_to(Path.cwd()))
