@@ -124,9 +124,9 @@ def _judge(run: Run, config: Config, seconds: float, record: Record) -> dict[str
     scores[name]["train_images"] = probed  # fewer where the time did not allow all
     return {"split": "validation", "scores": scores,
             "temperature": fit_temperature(logits["fine_tune"], validation.targets),
-            "pictures_per_second": speed,
-            "config": config.as_dict(), "pretrained": training.model.pretrained,
-            "origin": training.model.origin, "history": training.history}
+            "pictures_per_second": speed, "config": config.as_dict(),
+            "pretrained": training.model.pretrained, "origin": training.model.origin,
+            "history": training.history}
 
 # %% ../nbs/02_baseline.ipynb #b3de5f80
 def run_step(

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 class Code(NamedTuple):
     """What one error code means to HTTP and to a shell."""
     status: int  # HTTP status, 400 to 599
-    exit_code: int  # exit status: 1 gate, 2 usage, 3 bad data, 4 interrupted, 5 out of a resource
+    exit_code: int  # of the command line: 1 gate, 2 usage, 3 bad data, 4 interrupted, 5 out of a resource
     title: str  # a few plain words, the same for every occurrence
 
 # %% ../nbs/00_core.ipynb #3c9ab2e0
@@ -221,7 +221,7 @@ class Run:
 
 # %% ../nbs/00_core.ipynb #291a81b2
 def open_run(
-    folder: str | Path = "",  # the run's folder; empty makes a throw-away one
+    folder: str | Path = "",  # the run's folder; empty makes a throw-away one in the temporary folder
 ) -> Run:
     """Make a run's folder where it is missing, and return it."""
     path = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="automl-cv-"))
@@ -259,8 +259,8 @@ def _ask_to_stop(number: int, frame: Any) -> None:
     if _stop.is_set():
         raise KeyboardInterrupt
     _stop.set()
-    print("\nStopping at the next safe point. Press Ctrl-C again to stop at once.", file=sys.stderr,
-          flush=True)
+    print("\nStopping at the next safe point. Press Ctrl-C again to stop at once.",
+          file=sys.stderr, flush=True)
 
 # %% ../nbs/00_core.ipynb #fec58a76
 @contextmanager

@@ -27,8 +27,8 @@ from .sources import Item, Source, open_source
 # %% ../nbs/01_data.ipynb #0b652abd
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif",
             ".jp2", ".ico", ".psd", ".tga")
-COLUMNS = ["id", "path", "sha256", "phash", "width", "height", "format", "label", "split", "status", "reason",
-           "notes"]
+COLUMNS = ["id", "path", "sha256", "phash", "width", "height", "format", "label", "split",
+           "status", "reason", "notes"]
 
 # %% ../nbs/01_data.ipynb #3726b04f
 def _refuse(item: Item, reason: str, notes: str, content: bytes = b"") -> dict[str, Any]:

@@ -112,8 +112,8 @@ def worst_mistakes(
 ) -> list[int]:  # indices, the most confident mistake first
     """Find the wrong answers that the model was surest of."""
     wrong = np.flatnonzero(answers.predicted != answers.targets)
-    return [int(i)
-            for i in wrong[np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")][:count]]
+    order = np.argsort(-answers.probabilities[wrong].max(axis=1), kind="stable")
+    return [int(i) for i in wrong[order][:count]]
 
 # %% ../nbs/05_evaluate.ipynb #9e644712
 def draw_mistakes(

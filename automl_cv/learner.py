@@ -169,8 +169,8 @@ def start_training(
 # %% ../nbs/01e_learner.ipynb #194c2f7d
 @torch.no_grad()
 def _average(training: Training) -> None:
-    decay = min(training.config.ema,
-                (1 + training.step) / (10 + training.step)) if training.config.ema else 0.0
+    early = (1 + training.step) / (10 + training.step)
+    decay = min(training.config.ema, early) if training.config.ema else 0.0
     for mean, value in zip(training.averaged.state_dict().values(), training.model.state_dict().values()):
         if mean.is_floating_point():
             mean.lerp_(value, 1 - decay)

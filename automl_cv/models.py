@@ -61,8 +61,8 @@ ZOO = {b.name: b for b in (
     Backbone("resnet18", _zoo.resnet18, "ResNet18_Weights.IMAGENET1K_V1", "fc", 1.81, _LICENCE),
     Backbone("resnet34", _zoo.resnet34, "ResNet34_Weights.IMAGENET1K_V1", "fc", 3.66, _LICENCE),
     Backbone("resnet50", _zoo.resnet50, "ResNet50_Weights.IMAGENET1K_V2", "fc", 4.09, _LICENCE),
-    Backbone("mobilenet_v2", _zoo.mobilenet_v2, "MobileNet_V2_Weights.IMAGENET1K_V2", "classifier.1", 0.3,
-             _LICENCE),
+    Backbone("mobilenet_v2", _zoo.mobilenet_v2, "MobileNet_V2_Weights.IMAGENET1K_V2", "classifier.1",
+             0.3, _LICENCE),
     Backbone("mobilenet_v3_large", _zoo.mobilenet_v3_large, "MobileNet_V3_Large_Weights.IMAGENET1K_V2",
              "classifier.3", 0.22, _LICENCE),
     Backbone("efficientnet_b0", _zoo.efficientnet_b0, "EfficientNet_B0_Weights.IMAGENET1K_V1", "classifier.1",
@@ -87,8 +87,8 @@ def local_weights(
     folder = os.environ.get("AUTOML_CV_WEIGHTS")
     if not folder:
         return None
-    files = sorted(p
-                   for p in Path(folder).glob(f"{name}[.-]*") if p.suffix in (".safetensors", ".pth", ".pt"))
+    files = sorted(p for p in Path(folder).glob(f"{name}[.-]*")
+                   if p.suffix in (".safetensors", ".pth", ".pt"))
     return min(files, key=lambda p: p.suffix != ".safetensors", default=None)
 
 # %% ../nbs/01b_models.ipynb #39f7fd5a

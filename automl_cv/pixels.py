@@ -20,21 +20,20 @@ from .core import AutomlError
 
 # %% ../nbs/00a_pixels.ipynb #03a1edd6
 ACCEPTED = {"JPEG": ("JPEG", "MPO"), "PNG": ("PNG",), "WebP": ("WEBP",), "GIF": ("GIF",),
-            "BMP": ("BMP", "DIB"),
-            "TIFF": ("TIFF",), "AVIF": ("AVIF",)}  # our name, Pillow's names of the decoders
+            "BMP": ("BMP", "DIB"), "TIFF": ("TIFF",), "AVIF": ("AVIF",)}  # our name, Pillow's decoders
+
+# %% ../nbs/00a_pixels.ipynb #cede87e7
 SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (8, b"WEBP", "WebP"),
-    (0, b"GIF87a", "GIF"),
-    (0, b"GIF89a", "GIF"), (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
-    (0, b"II+\0", "TIFF"),
-    (0, b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (0, b"8BPS", "Photoshop"),
-    (0, b"\0\0\1\0", "icon"), (0, b"SIMPLE  =", "FITS"), (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"GIF87a", "GIF"), (0, b"GIF89a", "GIF"), (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"), (0, b"II+\0", "TIFF"), (0, b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (0, b"8BPS", "Photoshop"), (0, b"\0\0\1\0", "icon"),
+    (0, b"SIMPLE  =", "FITS"), (0, b"\xff\x0a", "JPEG XL"), (0, b"v/1\x01", "OpenEXR"),
 )  # offset, bytes, format
 
 # %% ../nbs/00a_pixels.ipynb #dbb3e16a
-BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC",
-          b"msf1": "HEIC"}
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF",
+          b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
 
 # %% ../nbs/00a_pixels.ipynb #3c30acae
 def sniff(
@@ -66,7 +65,7 @@ def check_size(
     height: int,  # pixels
     limits: Limits,  # what is allowed
 ) -> None:
-    """Refuse by the size in the header. Raises AutomlError too_many_pixels, too_small, extreme_ratio."""
+    """Refuse a picture by its size. Raises AutomlError too_many_pixels, too_small, extreme_ratio."""
     low, high = sorted((width, height))
     size = f"The picture has {width} x {height} pixels"
     if width * height > limits.max_pixels:
@@ -138,10 +137,11 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 # %% ../nbs/00a_pixels.ipynb #9b59fadf
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # EXIF 2.32, tag 0x0112
+TURNS = {  # EXIF 2.32, tag 0x0112
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # %% ../nbs/00a_pixels.ipynb #4aafb0c3
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -91,8 +91,8 @@ class Predictor:
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
-    def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:  # and notes
-        """Decode a picture as training did. Raises AutomlError."""
+    def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
+        """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
         image, notes = decode(data, self.policy.store, limits)
         return centre_crop(to_square(image, self.policy.store, self.policy.fit), self.policy.size), notes
 

@@ -44,10 +44,10 @@ class Source:
         return {item.name: item for item in self.items}
 
 # %% ../nbs/00c_sources.ipynb #e33b8d1b
-SPLITS = {"train": "train", "training": "train", "seg_train": "train", "val": "validation",
-          "valid": "validation",
-          "validation": "validation", "dev": "validation", "seg_val": "validation", "test": "test",
-          "testing": "test", "seg_test": "test", "seg_pred": "unlabelled", "unlabelled": "unlabelled"}
+SPLITS = {"train": "train", "training": "train", "seg_train": "train",
+          "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+          "seg_val": "validation", "test": "test", "testing": "test", "seg_test": "test",
+          "seg_pred": "unlabelled", "unlabelled": "unlabelled"}
 
 # %% ../nbs/00c_sources.ipynb #f1716138
 def clean_label(
@@ -206,5 +206,5 @@ def _list(url: str) -> list[Item]:
 def open_source(
     url: str,  # a folder, a zip archive, `demo` or `demo:N`
 ) -> Source:
-    """Open what the user has. Raises AutomlError source_not_found, source_unsupported, bad_archive, ..."""
+    """Open what the user has. Raises AutomlError source_not_found, bad_archive and others."""
     return Source(url, lay_out(_list(url)))

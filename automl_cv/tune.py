@@ -101,8 +101,8 @@ def _on_epoch(trial: Trial, record: Record, config: Config) -> Callable[[dict[st
         say(f"  trial {trial.number} epoch {entry['epoch']}/{config.epochs}: validation "
             f"{100 * entry['accuracy']:.1f} %")
         trial.report(entry["accuracy"], entry["epoch"])
-        hopeless = trial.should_prune() and entry["epoch"] < config.epochs
-        if hopeless or not math.isfinite(entry["train_loss"]):
+        diverged, is_last = not math.isfinite(entry["train_loss"]), entry["epoch"] == config.epochs
+        if diverged or (not is_last and trial.should_prune()):
             raise optuna.TrialPruned
     return tell
 
@@ -222,8 +222,8 @@ def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:
     config = suggest_config(optuna.trial.FixedTrial(best.params), search.base, search.max_epochs)
     states = [trial.state.name.lower() for trial in finished_trials(study)]
     return {"split": "validation", "config": config.as_dict(), "scores": best.user_attrs["scores"],
-            "temperature": best.user_attrs["temperature"], "best_trial": best.number,
-            "study": study.study_name,
+            "temperature": best.user_attrs["temperature"],
+            "best_trial": best.number, "study": study.study_name,
             "trials": {state: states.count(state) for state in ("complete", "pruned")},
             "trial_images": len(search.train)}
 
