@@ -245,7 +245,7 @@ def wilson(
     z, share = 1.959964, correct / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding at 0 and 1
 
 # %% ../nbs/01e_learner.ipynb #f91c26d8
 def score(
