@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from .core import AutomlError, Run, atomic_path, check_stop, hash_bytes, home, track
-from .data import open_test, read_split, run_step
+from .data import open_test, read_split, row_targets, run_step
 from .pixels import DATASET, Policy, centre_crop, stored
-from .sources import Item, open_source
+from .items import Item
+from .sources import open_source
 
 # %% ../nbs/01a_cache.ipynb #45275a48
 def cache_key(
@@ -92,4 +93,4 @@ def load_images(
     if not run.manifest.exists():
         raise AutomlError("step_missing", "The run has no manifest.", "Run step 1 (data) first.")
     rows = open_test(run, "load_images") if split == "test" else read_split(run, split)
-    return Images(decode_rows(run.read("data")["source"], rows, policy), rows.target.to_numpy(np.int64))
+    return Images(decode_rows(run.read("data")["source"], rows, policy), row_targets(run, rows))

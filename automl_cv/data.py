@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'COLUMNS', 'NAMES', 'WARNINGS', 'examine', 'scan', 'set_copies_aside', 'split_rows', 'natural_key',
-           'list_classes', 'fingerprint', 'read_split', 'open_test', 'list_unused', 'count_classes', 'draw_counts',
-           'contact_sheet', 'write_report', 'summarise', 'run_step', 'open_step']
+           'list_classes', 'fingerprint', 'read_split', 'encode_targets', 'row_targets', 'open_test', 'list_unused',
+           'count_classes', 'draw_counts', 'contact_sheet', 'write_report', 'summarise', 'run_step', 'open_step']
 
 # %% ../nbs/01_data.ipynb #922e470d
 import re
@@ -22,7 +22,8 @@ from PIL import Image
 
 from .core import AutomlError, Run, atomic_path, check_stop, hash_bytes, now, open_run, say, track
 from .pixels import DATASET, decode, open_image, sniff, to_square
-from .sources import Item, Source, open_source
+from .items import Item, Source, split_labels
+from .sources import open_source
 
 # %% ../nbs/01_data.ipynb #0b652abd
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif",
@@ -52,15 +53,15 @@ def examine(
 ) -> dict[str, Any]:  # the facts of its manifest row
     """Read one file and judge it."""
     check_stop()
-    if item.ignored:
-        return {"status": "ignored", "reason": item.ignored}
+    if item.status:
+        return {"status": item.status, "reason": item.reason, "notes": item.notes}
     if item.size > DATASET.max_bytes:
         return _refuse(item, "file_too_large", "The file is over 50 MB.")
     try:
         facts = _look(item, item.read())
     except (OSError, BadZipFile, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
         return _refuse(item, "unreadable", f"The file cannot be read ({type(error).__name__}).")
-    if facts["status"] == "used" and not item.label and item.split != "unlabelled":
+    if facts["status"] == "used" and item.label is None and item.split != "unlabelled":
         return facts | {"status": "ignored", "reason": "no_label", "notes": "It lies in no class folder."}
     return facts
 
@@ -175,7 +176,7 @@ def fingerprint(
 def read_split(
     run: Run,  # a run after step 1
     name: str,  # "train", "validation" or "unlabelled"; the test split has a door of its own
-) -> pd.DataFrame:  # the used rows, with `target`, the index of the class
+) -> pd.DataFrame:  # the used rows
     """Read the rows of a split."""
     if name == "test":
         raise AutomlError("seal_broken", "The test split is sealed.",
@@ -185,15 +186,37 @@ def read_split(
 # %% ../nbs/01_data.ipynb #c9c435f7
 def _rows(run: Run, name: str) -> pd.DataFrame:
     manifest = pd.read_parquet(run.manifest)
-    rows = manifest[(manifest.status == "used") & (manifest.split == name)].reset_index(drop=True)
-    order = {label: i for i, label in enumerate(run.read("data")["classes"])}
-    return rows.assign(target=rows.label.map(order).fillna(-1).astype(int))
+    return manifest[(manifest.status == "used") & (manifest.split == name)].reset_index(drop=True)
+
+# %% ../nbs/01_data.ipynb #ca109842
+def encode_targets(
+    labels: pd.Series,  # of N pictures, as in the manifest
+    classes: list[str],  # in their order
+    task: str = "classification",  # or "multilabel"
+) -> np.ndarray:  # int64 [N], -1 for a label that is no class; or float32 [N, C] of 0 and 1
+    """Turn labels into what a network is trained on."""
+    order = {label: i for i, label in enumerate(classes)}
+    if task == "classification":
+        return labels.map(order).fillna(-1).to_numpy(np.int64)
+    targets = np.zeros((len(labels), len(classes)), np.float32)
+    for row, label in enumerate(labels):
+        targets[row, [order[part] for part in split_labels(label, task)]] = 1
+    return targets
+
+# %% ../nbs/01_data.ipynb #ea2c7412
+def row_targets(
+    run: Run,  # a run after step 1
+    rows: pd.DataFrame,  # of its manifest
+) -> np.ndarray:  # as `encode_targets` gives them
+    """Return the targets of manifest rows."""
+    info = run.read("data")
+    return encode_targets(rows.label, info["classes"], info["task"])
 
 # %% ../nbs/01_data.ipynb #980ab42e
 def open_test(
     run: Run,  # a run after step 1
     purpose: str,  # a few words, for the record
-) -> pd.DataFrame:  # the used rows of the test split, with `target`
+) -> pd.DataFrame:  # the used rows of the test split
     """Open the sealed test split and write the opening down. Raises AutomlError seal_broken."""
     rows = _rows(run, "test")
     if fingerprint(rows) != run.read("data")["seal"]:
@@ -288,7 +311,7 @@ def summarise(
     status, used = manifest.status.value_counts(), manifest[manifest.status == "used"]
     copies = manifest.reason.value_counts()
     warnings = [f"{copies[r]} files: {text}" for r, text in WARNINGS.items() if r in copies]
-    return {"source": source.url, "created": now(), "classes": classes, "found": len(manifest),
+    return {"source": source.url, "created": now(), "task": source.task, "classes": classes, "found": len(manifest),
             "warnings": warnings,
             **{name: int(status.get(name, 0)) for name in ("used", "quarantined", "ignored")},
             "splits": {name: int((used.split == name).sum()) for name in NAMES},

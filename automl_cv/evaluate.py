@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from .core import AutomlError, Run, atomic_path, check_stop, say, track
-from .data import open_test
+from .data import open_test, row_targets
 from .export import annotate_bundle
 from .learner import score
 from .models import create_model
 from .pixels import DATASET, pixels
 from .predict import Predictor, cores
-from .sources import Item, open_source
+from .items import Item
+from .sources import open_source
 from .tracking import Record, tracked_step
 from .train import open_trained
 
@@ -49,7 +50,8 @@ class Answers:
 def answer_rows(
     predictor: Predictor,  # a loaded bundle
     source: str,  # as given to step 1
-    rows: pd.DataFrame,  # manifest rows with `path` and `target`
+    rows: pd.DataFrame,  # manifest rows with `path`
+    targets: np.ndarray,  # int64 [N], the true classes
 ) -> Answers:
     """Send the bytes of manifest rows through a bundle, on all cores."""
     known = open_source(source).by_name()
@@ -60,7 +62,7 @@ def answer_rows(
         return predictor.predict(item.read(), DATASET).probabilities
     with ThreadPoolExecutor(cores()) as pool:
         found = list(track(pool.map(ask, items), "predicting", len(items)))
-    return Answers(predictor.classes, rows.target.to_numpy(np.int64), np.stack(found), items)
+    return Answers(predictor.classes, targets, np.stack(found), items)
 
 # %% ../nbs/05_evaluate.ipynb #6016540c
 def calibration_error(
@@ -191,7 +193,8 @@ def _draw(run: Run, answers: Answers, predictor: Predictor, record: Record) -> N
 # %% ../nbs/05_evaluate.ipynb #1848a9e1
 def _judge(run: Run, record: Record) -> dict[str, Any]:
     predictor = Predictor(run.bundle)
-    answers = answer_rows(predictor, run.read("data")["source"], open_test(run, "evaluate"))
+    rows = open_test(run, "evaluate")
+    answers = answer_rows(predictor, run.read("data")["source"], rows, row_targets(run, rows))
     figures = measure(answers)
     figures["parity"] = check_parity(answers, torch_probabilities(run.bundle, predictor, answers.items))
     _draw(run, answers, predictor, record)

@@ -15,7 +15,7 @@ import numpy as np
 from .baseline import standard_config
 from .cache import Images, decode_rows
 from .core import AutomlError, Run, read_json, say
-from .data import open_step, read_split
+from .data import open_step, read_split, row_targets
 from .export import export_bundle, onnx_logits, parity, torch_logits
 from .learner import Config, Training, fit
 from .models import find_backbone
@@ -44,7 +44,7 @@ def load_all(
     source, parts = run.read("data")["source"], []
     for split in ("train", "validation"):
         rows = read_split(run, split)
-        parts.append((decode_rows(source, rows, policy), rows.target.to_numpy(np.int64)))
+        parts.append((decode_rows(source, rows, policy), row_targets(run, rows)))
     return Images(Joined([array for array, _ in parts]), np.concatenate([targets for _, targets in parts]))
 
 # %% ../nbs/04_train.ipynb #78c9631f
