@@ -94,7 +94,7 @@ def run_notebook(
 @dataclass(frozen=True)
 class Request:
     """One call of `automl-cv run`."""
-    source: str  # a folder, a zip archive, demo or demo:N
+    source: str  # a folder, archive, table, address, torchvision:NAME, demo:N or demo-multi:N
     backbone: str = "resnet18"  # a key of models.ZOO
     pretrained: bool = True  # start from ImageNet weights where they can be had
     transforms: str = "standard"  # a key of transforms.PRESETS
@@ -107,6 +107,10 @@ class Request:
     min_accuracy: float = 0.0  # the gate on the test accuracy
     name: str = "automl_cv"  # of the registered model
     seed: int = 0
+    label_column: str = ""  # of a table; empty finds it
+    group_column: str = ""  # of a table, what must not be torn apart; empty finds it
+    fix: str = "duplicates,conflicts"  # kinds of findings to act on, separated by commas
+    review: str = ""  # a review.csv with decisions to apply
 
 # %% ../nbs/07_pipeline.ipynb #8052f4b6
 def reserve(
@@ -172,7 +176,8 @@ def plan_step(
     splits, baseline = run.read("data", {}).get("splits", {}), run.read("baseline", {})
     speed, train = baseline.get("pictures_per_second", 0.0), splits.get("train", 0)
     if step == "data":
-        return {"source": request.source, "seed": request.seed}
+        names = ("source", "seed", "label_column", "group_column", "fix", "review")
+        return {name: getattr(request, name) for name in names}
     if step == "baseline":
         return plan_baseline(request, left)
     if step == "tune":

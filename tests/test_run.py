@@ -180,7 +180,7 @@ def test_check_names_every_file_that_is_not_used(tmp_path):
     assert (found["found"], found["used"], found["quarantined"], found["ignored"]) == (11, 8, 2, 1)
     assert {row["path"]: row["reason"] for row in found["unused"]} == {
         "cat/text.jpg": "not_an_image", "cat/copy.png": "duplicate", ".hidden/1.png": "system_file"}
-    assert found["classes"] == ["cat", "dog"]
+    assert (found["classes"], found["class_order"]) == (2, ["cat", "dog"])
 
 
 def test_original_layout_and_zip(tmp_path):
@@ -194,7 +194,7 @@ def test_original_layout_and_zip(tmp_path):
             archive.write(path, path.relative_to(tmp_path))
     for source in ("data", "data.zip"):
         found = json.loads(CliRunner().invoke(cli, ["check", str(tmp_path / source), "--json"]).stdout)
-        assert found["classes"] == ["glacier", "sea"]
+        assert found["class_order"] == ["glacier", "sea"]
         assert found["splits"] == {"train": 10, "validation": 2, "test": 4, "unlabelled": 1}
 
 
