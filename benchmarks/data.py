@@ -1,0 +1,143 @@
+"""What the data step costs and finds, each figure beside its reference in the same run. Prints JSON.
+
+    python benchmarks/data.py [scan] [grow] [kill] [cache] [faults]     # without words: all of them
+
+scan    the whole photograph set in ../shared/data/intel checked end to end, cold and again, its copies counted
+grow    1,000, 10,000 and 100,000 drawn files in up to 1,000 classes: seconds, CPU seconds and memory of a scan
+kill    a check killed at random moments, then the same command: is the manifest the same, was anything read twice
+cache   benchmarks/cache.py: building and reading the decoded pictures against torchvision
+faults  benchmarks/faults.py: planted near-duplicates and wrong labels
+
+Needs ../shared/data for scan, cache and faults. Only ratios and CPU seconds compare between machines.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+INTEL = ROOT.parent / "shared/data/intel"
+CLI = [sys.executable, "-c", "from automl_cv.cli import main; main()"]
+
+
+def check(data: Path, home: Path) -> dict[str, float]:
+    """Run `automl-cv check` as a process: what it printed, and what it cost."""
+    env = os.environ | {"AUTOML_CV_HOME": str(home)}
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run([*CLI, "check", str(data), "--json"], env=env, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(done.stdout) | {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(cpu, 1)}
+
+
+def manifest(home: Path) -> bytes:
+    """Read the manifest that a check left."""
+    return next(home.glob("checks/*/manifest.parquet")).read_bytes()
+
+
+def scan() -> dict[str, object]:
+    """Check the photographs cold, then again when nothing changed; the reference reads and decodes them plainly."""
+    with tempfile.TemporaryDirectory() as room:
+        started = time.monotonic()
+        for path in INTEL.rglob("*.jpg"):
+            np.asarray(Image.open(path).convert("RGB"))
+        reference = time.monotonic() - started
+        cold, warm = check(INTEL, Path(room)), check(INTEL, Path(room))
+    names = ("found", "used", "quarantined", "ignored", "duplicates", "leaked", "conflicts", "near_duplicate_groups")
+    pairs = cold["duplicates"] + cold["leaked"] + cold["conflicts"]
+    return {"cold": {k: cold[k] for k in ("seconds", "cpu_seconds")}, "byte_identical_pairs": pairs,
+            "unchanged": {k: warm[k] for k in ("seconds", "cpu_seconds")},
+            "plain_decode_seconds": round(reference, 1), **{name: cold[name] for name in names}}
+
+
+def draw_files(folder: Path, count: int) -> None:
+    """Write small distinct pictures, a hundred to a class."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"class_{number // 100:04d}" / f"{number:06d}.jpg"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        field = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((48, 48), Image.Resampling.BICUBIC)
+        field.save(path, "JPEG", quality=80)
+
+
+SCAN = """
+import json, resource, sys, time
+from automl_cv.scan import scan
+from automl_cv.sources import open_source
+started = time.monotonic()
+rows = len(scan(open_source(sys.argv[1])))
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"files": rows, "seconds": round(time.monotonic() - started, 1),
+                  "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mb": usage.ru_maxrss // 1024}))
+"""
+
+
+def grow() -> list[dict[str, float]]:
+    """Scan ever more files, each time from nothing."""
+    found = []
+    with tempfile.TemporaryDirectory() as room:
+        for count in (1_000, 10_000, 100_000):
+            draw_files(Path(room, "data"), count)
+            env = os.environ | {"AUTOML_CV_HOME": str(Path(room, f"home{count}"))}
+            done = subprocess.run([sys.executable, "-c", SCAN, str(Path(room, "data"))], env=env, capture_output=True,
+                                  text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def kill(times: int = 10) -> dict[str, object]:
+    """Kill a check at random moments until it has been killed often, let it finish, and compare."""
+    with tempfile.TemporaryDirectory() as room:
+        draw_files(Path(room, "data"), 12_000)
+        check(Path(room, "data"), Path(room, "whole"))
+        env = os.environ | {"AUTOML_CV_HOME": str(Path(room, "killed"))}
+        known, moments = [0], random.Random(0)
+        for _ in range(times):
+            process = subprocess.Popen([*CLI, "check", str(Path(room, "data")), "--json"], env=env,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(moments.uniform(1.5, 4))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            known.append(seen(Path(room, "killed")))
+        check(Path(room, "data"), Path(room, "killed"))
+        same = manifest(Path(room, "killed")) == manifest(Path(room, "whole"))
+    return {"kills": times, "files_known_after_each": known, "never_fewer": known == sorted(known), "same_manifest": same}
+
+
+def seen(home: Path) -> int:
+    """Count the files that a killed scan had finished."""
+    import sqlite3
+    path = home / "cache/scan.db"
+    if not path.exists():
+        return 0
+    with sqlite3.connect(path) as database:
+        try:
+            return database.execute("SELECT count(*) FROM seen").fetchone()[0]
+        except sqlite3.OperationalError:  # killed before the tables were made
+            return 0
+
+
+def other(name: str) -> object:
+    """Run another benchmark and take its JSON."""
+    done = subprocess.run([sys.executable, str(ROOT / f"benchmarks/{name}.py")], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def main(words: list[str]) -> None:
+    """Run the chosen parts."""
+    parts = {"scan": scan, "grow": grow, "kill": kill, "cache": lambda: other("cache"), "faults": lambda: other("faults")}
+    print(json.dumps({name: parts[name]() for name in words or parts}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
