@@ -57,6 +57,7 @@ CODES |= {
     "one_class_only": Code(422, 3, "There is only one class"),
     "source_not_found": Code(404, 3, "The data was not found"),
     "source_unsupported": Code(422, 3, "This kind of data source is not supported"),
+    "bad_table": Code(422, 3, "The label table cannot be used"),
     "source_changed": Code(409, 3, "The data changed after it was read"),
     "too_few_images": Code(422, 3, "There are too few pictures to split"),
     "run_not_found": Code(404, 2, "The run was not found"),

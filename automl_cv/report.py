@@ -71,7 +71,7 @@ def draw_counts(
     figure, axes = _axes(7, 1 + 0.32 * len(shown))
     shown[::-1].plot.barh(stacked=True, ax=axes, color=COLOURS, width=0.75)
     axes.set(xlabel="pictures", ylabel="")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure
 
 # %% ../nbs/00o_report.ipynb #b2ed387b

@@ -51,6 +51,6 @@ def _list(url: str) -> list[Item]:
 # %% ../nbs/00h_sources.ipynb #c26b216b
 def open_source(
     url: str,  # a folder, a zip archive, `demo` or `demo:N`
-    label="", group="") -> Source:
+) -> Source:
     """Open what the user has. Raises AutomlError source_not_found, bad_archive and others."""
     return Source(url, lay_out(_list(url)))
