@@ -191,6 +191,7 @@ def check_facts(
     findings = run.read("findings")
     flagged = {path for f in findings if f["kind"] in ("blank", "dark", "blurry") for path in f["paths"]}
     return {"outcome": "used"} | {name: info[name] for name in names} | {
+        "splits": {name: count for name, count in info["splits"].items() if count or name != "unlabelled"},
         "classes": len(info["classes"]), "class_order": info["classes"], "flagged": len(flagged),
         "findings": findings, "unused": list_unused(run)}
 

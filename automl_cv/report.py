@@ -10,6 +10,7 @@ __all__ = ['SPLITS', 'COLOURS', 'SIDE', 'count_classes', 'to_svg', 'draw_counts'
 import base64
 import io
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def to_svg(
 ) -> Markup:  # an svg element
     """Turn a drawing into a piece of HTML."""
     text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "automl_cv"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "automl_cv"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the browser's fonts have
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg"):]
     return Markup(re.sub(r"#(000000|262626|cccccc)|(?<=fill: )black", "currentColor", svg))
@@ -63,11 +65,15 @@ def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
     return figure, axes
 
 # %% ../nbs/00o_report.ipynb #5ae4270f
+def _short(label: str) -> str:
+    return label if len(label) < 25 else f"{label[:24]}…"
+
+# %% ../nbs/00o_report.ipynb #f749b818
 def draw_counts(
     counts: pd.DataFrame,  # from `count_classes`
 ) -> Figure:
     """Draw the pictures per class and split as stacked bars."""
-    shown = counts[:60]
+    shown = counts[:60].rename(index=_short)
     figure, axes = _axes(7, 1 + 0.32 * len(shown))
     shown[::-1].plot.barh(stacked=True, ax=axes, color=COLOURS, width=0.75)
     axes.set(xlabel="pictures", ylabel="")
@@ -91,11 +97,13 @@ def draw_brightness(
     classes: list[str],  # the first twelve are drawn
 ) -> Figure:
     """Draw how bright the pictures of each class are."""
-    shown = used[used.label.isin(classes[:12])]
+    shown = used[used.label.isin(classes[:12])].assign(label=lambda rows: rows.label.map(_short))
     figure, axes = _axes(6, 1 + 0.3 * len(classes[:12]))
-    order = [label for label in classes[:12] if (shown.label == label).any()]
-    seaborn.boxplot(data=shown, x="brightness", y="label", order=order, color=COLOURS[0], fliersize=2,
-                    ax=axes)
+    order = [label for label in map(_short, classes[:12]) if (shown.label == label).any()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # seaborn 0.13 names a parameter that matplotlib 3.11 renamed
+        seaborn.boxplot(data=shown, x="brightness", y="label", order=order, color=COLOURS[0], fliersize=2,
+                        ax=axes)
     axes.set(xlabel="mean brightness, 0 black to 255 white", ylabel="", xlim=(0, 255))
     return figure
 

@@ -165,6 +165,6 @@ def scan(
                      "group": item.group} | facts | _judge(item, facts))
     manifest = pd.DataFrame(rows, columns=COLUMNS)
     texts = [c for c in COLUMNS if c not in ("id", "thumb", *NUMBERS)]
-    manifest[texts] = manifest[texts].fillna("")
+    manifest[texts] = manifest[texts].astype(object).fillna("")
     manifest["thumb"] = [thumb if isinstance(thumb, bytes) else b"" for thumb in manifest.thumb]
     return manifest.fillna({name: 0 for name in NUMBERS}).astype({"width": int, "height": int})
