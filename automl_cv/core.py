@@ -59,6 +59,7 @@ CODES |= {
     "source_unsupported": Code(422, 3, "This kind of data source is not supported"),
     "bad_table": Code(422, 3, "The label table cannot be used"),
     "source_changed": Code(409, 3, "The data changed after it was read"),
+    "source_unreachable": Code(503, 4, "The data source does not answer"),
     "too_few_images": Code(422, 3, "There are too few pictures to split"),
     "run_not_found": Code(404, 2, "The run was not found"),
     "run_exists": Code(409, 2, "The run folder is taken"),

@@ -118,6 +118,8 @@ def why_ignored(
     """Tell why a file is not even opened."""
     if stat.S_ISLNK(mode):
         return "link"
+    if stat.S_ISDIR(mode):
+        return "unreadable_folder"
     if not stat.S_ISREG(mode):
         return "special_file"
     return "system_file" if is_system(name) else ""
@@ -126,7 +128,7 @@ def why_ignored(
 def _walk(folder: Path) -> Iterator[os.DirEntry]:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False) and os.access(entry.path, os.R_OK | os.X_OK):
                 yield from _walk(Path(entry.path))
             else:
                 yield entry

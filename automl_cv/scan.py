@@ -7,6 +7,7 @@ __all__ = ['SUFFIXES', 'TEXTS', 'NUMBERS', 'FACTS', 'SCHEMA', 'VERSION', 'COLUMN
            'scan']
 
 # %% ../nbs/00m_scan.ipynb #aca7aa56
+import errno
 import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,7 +50,7 @@ def look(
 def examine(
     item: Item,  # one file of a source
 ) -> dict[str, Any]:  # its facts; without `sha256` where the content was not seen
-    """Read one file and look at it. Raises AutomlError interrupted."""
+    """Read one file and look at it. Raises AutomlError interrupted, source_unreachable."""
     check_stop()
     if item.size > DATASET.max_bytes:
         return {"code": "file_too_large", "notes": "The file is over 50 MB."}
@@ -58,6 +59,9 @@ def examine(
     except AutomlError as error:
         return {"code": error.code, "notes": str(error)}
     except OSError as error:
+        if isinstance(error, ConnectionError) or error.errno == errno.ENOSPC:
+            raise AutomlError("source_unreachable", f"{item.name} cannot be fetched: {error}.",
+                              "Run the same command again later; what was read is kept.") from None
         return {"code": "unreadable", "notes": f"The file cannot be read ({type(error).__name__})."}
     return look(data)
 
@@ -119,7 +123,7 @@ def read_all(
     source: Source,  # an opened source
     store: Store,  # of the same source
 ) -> dict[str, dict[str, Any]]:  # by name: the facts of each file whose content had to be looked at
-    """Look at every file that is not known yet. Raises AutomlError interrupted."""
+    """Look at every file that is not known yet. Raises AutomlError interrupted, source_unreachable."""
     seen, fresh = store.seen(), {}
     todo = [item for item in source.items
             if not item.status and (not item.stamp or seen.get(item.name, ("",))[0] != item.stamp)]
