@@ -105,7 +105,8 @@ def paint_sky(
     if canvas.uniform() < sun:
         paint_glow(canvas, u(0.1, 0.9), u(0.1, max(0.12, horizon)), u(0.1, 0.25))
     if canvas.uniform() < clouds:
-        floor, cloud = u(110, 160), make_noise(canvas.rng, side, canvas.pick((3, 4, 6)), canvas.pick((2, 3, 4)))
+        floor = u(110, 160)
+        cloud = make_noise(canvas.rng, side, canvas.pick((3, 4, 6)), canvas.pick((2, 3, 4)))
         mask = cloud.point(lambda v: int(min(230, max(0, v - floor) * 4)))
         canvas.image.paste(canvas.lit((255, 255, 255), 0.25), (0, 0), mask)
     for x, y, wing in canvas.rng.uniform((0, 0, 0.01), (1, horizon, 0.03), (canvas.pick((0, 0, 0, 4)), 3)):

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .brushes import (LEAVES, Canvas, Colour, Shades, draw_tree, paint_boat, paint_glow, paint_ground,
-                               paint_peaks, paint_sky, paint_water, plant, take_photograph)
+from .brushes import (LEAVES, Canvas, Colour, Shades, draw_tree, paint_boat, paint_glow,
+                               paint_ground, paint_peaks, paint_sky, paint_water, plant, take_photograph)
 
 # %% ../nbs/00b_scenes.ipynb #aef5508f
 CLASSES: tuple[str, ...] = ("buildings", "forest", "glacier", "mountain", "sea", "street")
