@@ -22,7 +22,7 @@ from PIL import Image
 
 from .core import AutomlError, Run, atomic_path, check_stop, hash_bytes, now, open_run, say, track
 from .pixels import DATASET, decode, open_image, sniff, to_square
-from .items import Item, Source, split_labels
+from .items import SEPARATOR, Item, Source, split_labels
 from .sources import open_source
 
 # %% ../nbs/01_data.ipynb #0b652abd
@@ -111,7 +111,7 @@ def set_copies_aside(
 # %% ../nbs/01_data.ipynb #a95b145a
 def _take(labels: pd.Series, share: float, random: np.random.Generator) -> list[int]:
     taken: list[int] = []
-    for _, group in labels.groupby(labels):
+    for _, group in labels.groupby(labels.str.split(SEPARATOR).str[0]):
         count = max(1, round(share * len(group))) if len(group) > 2 else 0
         taken += list(random.permutation(group.index)[:count])
     return taken
@@ -149,6 +149,7 @@ def natural_key(
 # %% ../nbs/01_data.ipynb #27f4d0c1
 def list_classes(
     manifest: pd.DataFrame,  # one row per file
+    task: str = "classification",  # or "multilabel"
 ) -> list[str]:  # in natural order, at least two
     """Return the classes. Raises AutomlError no_usable_image, no_class_folders, one_class_only."""
     used = manifest[(manifest.status == "used") & (manifest.split != "unlabelled")]
@@ -158,7 +159,7 @@ def list_classes(
     if used.empty:
         raise AutomlError("no_usable_image", f"None of {len(manifest)} files is a usable picture.",
                           "Check the path, or see the reasons in the manifest.")
-    classes = sorted(set(used.label), key=natural_key)
+    classes = sorted({part for label in used.label for part in split_labels(label, task)}, key=natural_key)
     if len(classes) < 2:
         raise AutomlError("one_class_only", f"All pictures belong to one class, {classes[0]!r}.",
                           "A classifier needs at least two class folders.")
@@ -243,6 +244,7 @@ def count_classes(
 ) -> pd.DataFrame:  # one row per class, one column per split
     """Count the used pictures of each class and split."""
     used = manifest[(manifest.status == "used") & (manifest.label != "")]
+    used = used.assign(label=used.label.str.split(SEPARATOR)).explode("label", ignore_index=True)
     return pd.crosstab(used.label, used.split).reindex(index=classes, columns=NAMES[:3], fill_value=0)
 
 # %% ../nbs/01_data.ipynb #aa4df46c
@@ -269,7 +271,8 @@ def contact_sheet(
     items, shown = source.by_name(), classes[:40]
     sheet = Image.new("RGB", (columns * side, len(shown) * side), "white")
     for top, label in enumerate(shown):
-        for left, path in enumerate(rows.path[rows.label == label][:columns]):
+        has = rows.label.str.split(SEPARATOR).map(lambda labels: label in labels)
+        for left, path in enumerate(rows.path[has][:columns]):
             square = to_square(decode(items[path].read(), side, DATASET)[0], side)
             sheet.paste(Image.fromarray(square), (left * side, top * side))
     return sheet
@@ -328,7 +331,7 @@ def run_step(
     """Scan a source, split it, write manifest, summary and report. Raises AutomlError."""
     run, opened = open_run(run_dir), open_source(source)
     manifest = set_copies_aside(scan(opened))
-    classes = list_classes(manifest)
+    classes = list_classes(manifest, opened.task)
     manifest = split_rows(manifest, validation, test, seed)
     summary = summarise(opened, manifest, classes)
     with atomic_path(run.manifest) as path:

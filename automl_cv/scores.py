@@ -110,6 +110,7 @@ def score_labels(
     thresholds: Any = 0.5,  # of the probabilities, one per label, or one for all
 ) -> dict[str, Any]:  # metric, map, low, high, micro_f1, macro_f1, exact, loss, images
     """Judge logits against the true labels."""
+    logits = np.nan_to_num(logits)  # of a training that diverged; the tuner ends it by its loss
     truth, said = targets > 0.5, TASKS["multilabel"].decide(sigmoid(logits), thresholds)
     shown = np.flatnonzero(truth.any(axis=0))
     areas = [average_precision_score(truth[:, k], logits[:, k]) for k in shown]
