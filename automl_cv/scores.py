@@ -20,7 +20,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 from torch import Tensor
 from torch.nn import functional
 
-from .tasks import TASKS, sigmoid
+from .tasks import TASKS, log_odds, sigmoid
 
 # %% ../nbs/00n_scores.ipynb #15bc95f1
 def class_loss(
@@ -100,7 +100,9 @@ def bootstrap(
     ranking, random, count = rank_pictures(logits, truth), np.random.default_rng(seed), len(truth)
     draws = [weighted_map(ranking, np.bincount(random.integers(count, size=count), minlength=count))
              for _ in range(resamples)]
-    low, high = np.nanquantile(draws, (0.025, 0.975))
+    edge = 0.25 / count  # the log-odds of 0 and 1 are infinite
+    value, *drawn = log_odds(np.clip([weighted_map(ranking, np.ones(count, int)), *draws], edge, 1 - edge))
+    low, high = sigmoid(2 * value - np.nanmean(drawn) + np.array([-1.96, 1.96]) * np.nanstd(drawn))
     return float(low), float(high)
 
 # %% ../nbs/00n_scores.ipynb #df1270bd

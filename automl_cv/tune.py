@@ -208,13 +208,14 @@ def draw_study(
     kinds = {"history": plots.plot_optimization_history, "importances": plots.plot_param_importances,
              "parallel_coordinates": plots.plot_parallel_coordinate}
     for name, draw in kinds.items():
-        try:
-            draw(study)
-        except (RuntimeError, ValueError):  # importances need two complete trials that differ
-            continue
-        with atomic_path(folder / f"{name}.png") as path:
-            pyplot.savefig(path, format="png", dpi=100, bbox_inches="tight")
-        pyplot.close("all")
+        with pyplot.rc_context():  # Optuna sets a style, which would change the pictures of later steps too
+            try:
+                draw(study)
+            except (RuntimeError, ValueError):  # importances need two complete trials that differ
+                continue
+            with atomic_path(folder / f"{name}.png") as path:
+                pyplot.savefig(path, format="png", dpi=100, bbox_inches="tight")
+            pyplot.close("all")
         drawn.append(folder / f"{name}.png")
     return drawn
 
