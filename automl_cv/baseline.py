@@ -18,20 +18,25 @@ from .cache import Images, load_images
 from .core import Run, hash_bytes, say
 from .data import open_step
 from .features import extract_features, feature_bank, linear_probe
-from .learner import Config, Training, fit, fit_temperature, score
+from .learner import Config, Training, fit
 from .models import Classifier, create_model
+from .scores import JUDGES
+from .tasks import TASKS, headline
 from .tracking import Record, tracked_step
 from .transforms import make_policy
 
 # %% ../nbs/02_baseline.ipynb #b0181b5f
 def majority_logits(
-    targets: np.ndarray,  # int64 [N], the training pictures' classes
+    targets: np.ndarray,  # int64 [N], the training pictures' classes; or float32 [N, C] of their labels
     count: int,  # pictures to answer
-    classes: int,  # number of classes
-) -> np.ndarray:  # float64 [count, classes], log of the class shares
+    classes: int,  # C, number of classes
+    task: str = "classification",  # a key of tasks.TASKS
+) -> np.ndarray:  # float64 [count, C]
     """Answer every picture with the shares of the classes in training."""
-    shares = (np.bincount(targets, minlength=classes) + 1) / (len(targets) + classes)
-    return np.log(shares)[None].repeat(count, axis=0)
+    counts = TASKS[task].mark(targets, classes).sum(axis=0)
+    outcomes = classes if TASKS[task].exclusive else 2  # of a label, yes and no
+    shares = (counts + 1) / (len(targets) + outcomes)  # Laplace: nothing is impossible
+    return TASKS[task].logits(shares[None]).repeat(count, axis=0)
 
 # %% ../nbs/02_baseline.ipynb #a654911d
 def thumbnails(
@@ -102,9 +107,10 @@ def original_config(
 # %% ../nbs/02_baseline.ipynb #5a688e02
 def _fine_tune(run: Run, config: Config, images: list[Images], classes: int, seconds: float,
                record: Record) -> Training:
-    def tell(entry: dict[str, float]) -> None:
-        say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, "
-            f"validation {100 * entry['accuracy']:.1f} %, {entry['seen'] / entry['seconds']:.0f} pictures/s")
+    def tell(entry: dict[str, Any]) -> None:
+        say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, validation "
+            f"{TASKS[config.task].title} {100 * headline(entry):.1f} %, "
+            f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
         record.log_metrics(entry, step=entry["epoch"])
     return fit(config, *images, classes, run.path / "baseline.pt", seconds, tell)
 
@@ -112,7 +118,7 @@ def _fine_tune(run: Run, config: Config, images: list[Images], classes: int, sec
 def _judge(run: Run, config: Config, seconds: float, record: Record) -> dict[str, Any]:
     classes, policy = len(run.read("data")["classes"]), make_policy(config.transforms, config.size)
     train, validation = (load_images(run, split, policy) for split in ("train", "validation"))
-    logits = {"majority": majority_logits(train.targets, len(validation), classes),
+    logits = {"majority": majority_logits(train.targets, len(validation), classes, config.task),
               "linear_pixels": probe_pixels(train, validation, classes)}
     model = create_model(config.backbone, classes, config.pretrained, config.seed)
     name = "linear_probe" if model.pretrained else "linear_probe_untrained"
@@ -120,10 +126,11 @@ def _judge(run: Run, config: Config, seconds: float, record: Record) -> dict[str
     training = _fine_tune(run, config, [train, validation], classes, seconds, record)
     logits["fine_tune"] = training.logits
     speed = sum(e["seen"] for e in training.history) / sum(e["seconds"] for e in training.history)
-    scores = {k: score(v, validation.targets) | {"train_images": len(train)} for k, v in logits.items()}
+    judge = JUDGES[config.task]
+    scores = {k: judge.score(v, validation.targets) | {"train_images": len(train)} for k, v in logits.items()}
     scores[name]["train_images"] = probed  # fewer where the time did not allow all
     return {"split": "validation", "scores": scores,
-            "temperature": fit_temperature(logits["fine_tune"], validation.targets),
+            **judge.calibrate(logits["fine_tune"], validation.targets),
             "pictures_per_second": speed, "config": config.as_dict(),
             "pretrained": training.model.pretrained, "origin": training.model.origin,
             "history": training.history}
@@ -142,11 +149,11 @@ def run_step(
 ) -> dict[str, Any]:  # the content of baseline.json
     """Score the baselines on the validation split. Raises AutomlError."""
     run = open_step(run_dir)
-    config = standard_config(backbone, pretrained, transforms=transforms, size=size, epochs=epochs,
-                             batch_size=batch_size, seed=seed)
+    config = standard_config(backbone, pretrained, task=run.read("data")["task"], transforms=transforms,
+                             size=size, epochs=epochs, batch_size=batch_size, seed=seed)
     with tracked_step(run, "baseline", config.as_dict()) as record:
         found = _judge(run, config, seconds, record)
-        record.log_metrics({name: entry["accuracy"] for name, entry in found["scores"].items()})
+        record.log_metrics({name: headline(entry) for name, entry in found["scores"].items()})
         record.log_tags({"pretrained": found["pretrained"], "weights": found["origin"]})
     run.write("baseline", found)
     return found

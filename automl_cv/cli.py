@@ -22,8 +22,10 @@ import typer
 
 from .core import (AutomlError, Run, hash_bytes, home, is_system, open_run, parse_time,
                             stop_on_signals, track, write_bytes)
+from .items import SEPARATOR
 from .pipeline import Execute, Request, call_step, run_notebook, run_pipeline
 from .predict import Prediction, Predictor, predict_files, read_bundle
+from .tasks import TITLES, headline
 
 # %% ../nbs/07a_cli.ipynb #3086c477
 def closing_lines(
@@ -31,10 +33,10 @@ def closing_lines(
     results: dict[str, Any],  # the content of results.json
 ) -> list[str]:
     """Write what a user wants to know at the end: figures, where things are, and what to type next."""
-    lines = ["", f"{'':10}{'accuracy':>9}  95 % interval    measured on"]
+    lines = ["", f"{'':10}{TITLES[results['final']['metric']]:>9}  95 % interval    measured on"]
     for name in ("baseline", "tuned", "final"):
         if entry := results.get(name):
-            lines.append(f"{name:10}{entry['accuracy']:>9.1%}  {entry['low']:.1%} to {entry['high']:.1%}   "
+            lines.append(f"{name:10}{headline(entry):>9.1%}  {entry['low']:.1%} to {entry['high']:.1%}   "
                          f"{entry['split']}, {entry['images']} pictures")
     if not results.get("pretrained"):
         lines.append("Trained from scratch, without pretrained weights.")
@@ -82,7 +84,8 @@ def prediction_row(
     """Put an answer into a row."""
     if isinstance(answer, AutomlError):
         return [safe_cell(str(path)), "", "", answer.code]
-    return [safe_cell(str(path)), safe_cell(answer.label), f"{answer.confidence:.6f}", ""]
+    label = answer.label if answer.labels is None else SEPARATOR.join(answer.labels)
+    return [safe_cell(str(path)), safe_cell(label), f"{answer.confidence:.6f}", ""]
 
 # %% ../nbs/07a_cli.ipynb #692f44a3
 cli = typer.Typer(help="Labelled images in, a classifier you can trust and a service that runs it out.",

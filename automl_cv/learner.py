@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Config', 'pick_device', 'has_bfloat16', 'keep_memory', 'plan_batches', 'iterate_batches', 'one_cycle',
-           'make_optimizer', 'Training', 'start_training', 'train_step', 'train_one_epoch', 'evaluate', 'wilson',
-           'score', 'fit_temperature', 'save_checkpoint', 'load_checkpoint', 'fit']
+           'make_optimizer', 'Training', 'start_training', 'train_step', 'train_one_epoch', 'evaluate',
+           'save_checkpoint', 'load_checkpoint', 'fit']
 
 # %% ../nbs/01e_learner.ipynb #a9ed0858
 import copy
@@ -19,19 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from .cache import Images
 from .compat import v2
 from .core import atomic_path, check_stop, hash_bytes, track
 from .models import Classifier, create_model
+from .scores import JUDGES
 from .transforms import make_augmentation
 
 # %% ../nbs/01e_learner.ipynb #ac0c0a70
 @dataclass(frozen=True)
 class Config:
     """How to train a network."""
+    task: str = "classification"  # a key of tasks.TASKS
     backbone: str = "resnet18"  # a key of models.ZOO
     pretrained: bool = True  # start from ImageNet weights where they can be had
     transforms: str = "standard"  # a key of transforms.PRESETS
@@ -99,10 +100,10 @@ def _augment(array: np.ndarray, change: v2.Compose) -> Tensor:
 
 # %% ../nbs/01e_learner.ipynb #e6915892
 def iterate_batches(
-    images: Images,  # uint8 [N, R, R, 3] and their classes
+    images: Images,  # uint8 [N, R, R, 3] and their targets
     config: Config,  # sizes, augmentation, seed
     epoch: int,  # from 0
-) -> Iterator[tuple[Tensor, Tensor]]:  # uint8 [B, S, S, 3] and int64 [B]
+) -> Iterator[tuple[Tensor, Tensor]]:  # uint8 [B, S, S, 3] and int64 [B], or float32 [B, C] of labels
     """Yield the augmented batches of one epoch."""
     torch.manual_seed(hash((config.seed, epoch)) % 2**31)
     change = make_augmentation(config.transforms, config.size, config.strength)
@@ -146,7 +147,7 @@ class Training:
     seconds: float = 0.0  # time limit; 0 for none
     step: int = 0  # steps done
     elapsed: float = 0.0  # training time so far, seconds, over all sessions
-    history: list[dict[str, float]] = field(default_factory=list)  # one entry per finished epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     logits: np.ndarray | None = None  # of the validation pictures after the last epoch, float32 [N, C]
 
     def progress(self) -> float:  # 0 to 1, at the end 1 or a little more
@@ -181,7 +182,7 @@ def _average(training: Training) -> None:
 def train_step(
     training: Training,  # changed in place
     images: Tensor,  # uint8 [B, S, S, 3]
-    targets: Tensor,  # int64 [B]
+    targets: Tensor,  # int64 [B], or float32 [B, C] of labels
 ) -> float:  # the loss
     """Do one step of gradient descent."""
     config, device = training.config, next(training.model.parameters()).device
@@ -190,8 +191,7 @@ def train_step(
         group["lr"] = config.lr * factor
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
         logits = training.model(images.to(device))
-    loss = nn.functional.cross_entropy(logits.float(), targets.to(device),
-                                       label_smoothing=config.label_smoothing)
+    loss = JUDGES[config.task].loss(logits.float(), targets.to(device), config.label_smoothing)
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     training.optimizer.step()
@@ -236,39 +236,6 @@ def evaluate(
             parts.append(model(torch.tensor(array[start:start + batch]).to(device)).float().cpu())
     return torch.cat(parts).numpy()
 
-# %% ../nbs/01e_learner.ipynb #ff3af710
-def wilson(
-    correct: int,  # right answers
-    count: int,  # answers, at least 1
-) -> tuple[float, float]:  # lower and upper end of the 95 % interval, 0 to 1
-    """Return Wilson's score interval for a share."""
-    z, share = 1.959964, correct / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding at 0 and 1
-
-# %% ../nbs/01e_learner.ipynb #f91c26d8
-def score(
-    logits: np.ndarray,  # float [N, C]
-    targets: np.ndarray,  # int64 [N]
-) -> dict[str, float]:  # accuracy, low, high, loss, images
-    """Judge logits against the true classes."""
-    correct = int((logits.argmax(axis=1) == targets).sum())
-    low, high = wilson(correct, len(targets))
-    loss = nn.functional.cross_entropy(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets))
-    return {"accuracy": correct / len(targets), "low": low, "high": high, "loss": loss.item(),
-            "images": len(targets)}
-
-# %% ../nbs/01e_learner.ipynb #4bb49cc8
-def fit_temperature(
-    logits: np.ndarray,  # float [N, C], of pictures outside training
-    targets: np.ndarray,  # int64 [N]
-) -> float:  # 0.2 to 5; divides the logits
-    """Find the temperature with the least log-loss."""
-    def loss(log_temperature: float) -> float:
-        return score(logits / math.exp(log_temperature), targets)["loss"]
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.2), math.log(5)), method="bounded").x)
-
 # %% ../nbs/01e_learner.ipynb #f380d72a
 def save_checkpoint(
     training: Training,  # after an epoch
@@ -306,7 +273,7 @@ def fit(
     classes: int,  # number of classes
     checkpoint: Path | None = None,  # continued where it fits, written after each epoch; None for none
     seconds: float = 0.0,  # time limit of training; 0 for none
-    on_epoch: Callable[[dict[str, float]], None] = lambda entry: None,  # told after each epoch
+    on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None,  # told after each epoch
 ) -> Training:  # finished
     """Train a network. Raises AutomlError interrupted, and whatever `on_epoch` raises."""
     training = start_training(config, classes, len(train), seconds)
@@ -318,7 +285,7 @@ def fit(
         if validation is not None:
             started = time.monotonic()
             training.logits = evaluate(training.averaged, validation, config.size)
-            entry |= score(training.logits, validation.targets)
+            entry |= JUDGES[config.task].score(training.logits, validation.targets)
             training.elapsed += time.monotonic() - started
         training.history.append(entry)
         if checkpoint:

@@ -19,6 +19,7 @@ import onnxruntime
 
 from .core import AutomlError, hash_file, read_json
 from .pixels import DATASET, UPLOAD, Limits, Policy, centre_crop, decode, to_square
+from .tasks import TASKS
 
 # %% ../nbs/04a_predict.ipynb #0724a605
 def read_bundle(
@@ -62,12 +63,17 @@ class Prediction:
     label: str  # the most probable class
     confidence: float  # its probability, 0 to 1
     class_index: int  # its place in the bundle's order of classes
-    probabilities: np.ndarray  # float32 [C], sums to 1
+    probabilities: np.ndarray  # float32 [C], sums to 1 where a picture has one class
     notes: tuple[str, ...] = ()  # what was done to the picture, in plain words
+    labels: dict[str, float] | None = None  # labels found, in the order of classes, and their probabilities
 
     def answer(self) -> dict[str, Any]:
-        """Return the three fields that every caller gets."""
-        return {"label": self.label, "confidence": round(self.confidence, 6), "class_index": self.class_index}
+        """Return the fields that every caller gets: three, and `labels` where there may be several."""
+        best = {"label": self.label, "confidence": round(self.confidence, 6), "class_index": self.class_index}
+        if self.labels is None:
+            return best
+        return best | {"labels": [{"label": name, "probability": round(share, 6)}
+                                  for name, share in self.labels.items()]}
 
 # %% ../nbs/04a_predict.ipynb #d8ef0e8a
 class Predictor:
@@ -80,16 +86,16 @@ class Predictor:
     ):
         self.info = read_bundle(folder)
         self.classes: list[str] = self.info["classes"]
-        self.policy = Policy(**self.info["policy"])
+        self.policy, self.task = Policy(**self.info["policy"]), TASKS[self.info["task"]]
+        self.thresholds = self.info["thresholds"].get("labels", 0.5)  # one per label
         self.version: str = self.info["files"]["model.onnx"][:12]
         self.session = open_session(Path(folder) / "model.onnx", threads)
         check_golden(self, Path(folder) / "golden.npz")
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:  # uint8 [N, S, S, 3] to float32 [N, C]
         """Run the graph and turn its logits into calibrated probabilities."""
-        logits = self.session.run(None, {"images": images})[0] / np.float32(self.info["temperature"])
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        logits = self.session.run(None, {"images": images})[0]
+        return self.task.probabilities(logits / np.float32(self.info["temperature"]))
 
     def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
         """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
@@ -102,8 +108,11 @@ class Predictor:
         return self._answer(self.probabilities(image[None])[0], notes)
 
     def _answer(self, row: np.ndarray, notes: list[str]) -> Prediction:
-        best = int(row.argmax())
-        return Prediction(self.classes[best], float(row[best]), best, row, tuple(notes))
+        best, labels = int(row.argmax()), None
+        if not self.task.exclusive:
+            found = self.task.decide(row, self.thresholds).nonzero()[0]
+            labels = {self.classes[i]: float(row[i]) for i in found}
+        return Prediction(self.classes[best], float(row[best]), best, row, tuple(notes), labels)
 
 # %% ../nbs/04a_predict.ipynb #08b9df8d
 GOLDEN_TOLERANCE = 0.02  # largest accepted difference in probability

@@ -16,7 +16,7 @@ from .baseline import standard_config
 from .cache import Images, decode_rows
 from .core import AutomlError, Run, read_json, say
 from .data import open_step, read_split, row_targets
-from .export import export_bundle, onnx_logits, parity, torch_logits
+from .export import UNCALIBRATED, export_bundle, onnx_logits, parity, torch_logits
 from .learner import Config, Training, fit
 from .models import find_backbone
 from .pixels import Policy
@@ -28,12 +28,13 @@ def choose_config(
     run: Run,  # a run, perhaps after step 3
     default: Config,  # used where step 3 has not run
     epochs: int = 0,  # passes over the pictures; 0 takes the tuned number
-) -> tuple[Config, float]:  # and the temperature that fitted its validation answers, 1 where none is known
+) -> tuple[Config, dict[str, Any]]:  # and the calibration that fitted its validation answers, as far as known
     """Take the tuned configuration, or the default."""
     tuned = run.read("tune") or {}
-    temperature = (tuned or run.read("baseline") or {}).get("temperature", 1.0)
+    known = UNCALIBRATED | (tuned or run.read("baseline") or {})
     config = Config(**tuned["config"]) if tuned else default
-    return (replace(config, epochs=epochs) if epochs else config), temperature
+    config = replace(config, epochs=epochs) if epochs else config
+    return config, {name: known[name] for name in UNCALIBRATED}
 
 # %% ../nbs/04_train.ipynb #738d7f2c
 def load_all(
@@ -71,7 +72,7 @@ def train_final(
     record: Record,  # the step's
 ) -> Training:  # finished
     """Train on all but the test split, going on behind a checkpoint. Raises AutomlError interrupted."""
-    def tell(entry: dict[str, float]) -> None:
+    def tell(entry: dict[str, Any]) -> None:
         say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, "
             f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
         record.log_metrics(entry, step=entry["epoch"])
@@ -91,7 +92,8 @@ def check_bundle(
     images = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8)
     images[::2] = images[::2] // 4 + np.linspace(0, 190, 32, dtype=np.uint8)[:, None, None, None]
     model = training.averaged.cpu()
-    found = parity(torch_logits(model, images), onnx_logits(run.bundle / "model.onnx", images))
+    answers = torch_logits(model, images), onnx_logits(run.bundle / "model.onnx", images)
+    found = parity(*answers, training.config.task)
     if found["max_difference"] > MAX_DIFFERENCE:
         raise AutomlError("bundle_damaged", f"The bundle's answers differ by {found['max_difference']:.2g}.",
                           "Export it with the pinned versions of constraints.txt.")
@@ -101,7 +103,7 @@ def check_bundle(
 def write_bundle(
     run: Run,  # where `model/` shall be
     training: Training,  # finished
-    temperature: float,  # divides the logits, greater than 0
+    calibration: dict[str, Any],  # temperature and thresholds
     name: str,  # of the model
 ) -> dict[str, Any]:  # the content of model.json
     """Export the averaged weights with everything that a server needs."""
@@ -112,7 +114,7 @@ def write_bundle(
     facts = {"name": name, "backbone": config.backbone, "pretrained": model.pretrained,
              "origin": model.origin, "licence": licence, "config": config.as_dict(), "data": used}
     policy = make_policy(config.transforms, config.size)
-    return export_bundle(model, run.bundle, data["classes"], policy, facts, temperature)
+    return export_bundle(model, run.bundle, data["classes"], policy, facts, calibration, config.task)
 
 # %% ../nbs/04_train.ipynb #683354eb
 def run_step(
@@ -129,12 +131,12 @@ def run_step(
 ) -> dict[str, Any]:  # the content of train.json
     """Train the final model, write its bundle, check it and register it as champion. Raises AutomlError."""
     run = open_step(run_dir)
-    default = standard_config(backbone, pretrained, transforms=transforms, size=size, batch_size=batch_size,
-                              seed=seed)
-    config, temperature = choose_config(run, default, epochs)
+    default = standard_config(backbone, pretrained, task=run.read("data")["task"], transforms=transforms,
+                              size=size, batch_size=batch_size, seed=seed)
+    config, calibration = choose_config(run, default, epochs)
     with tracked_step(run, "train", config.as_dict()) as record:
         training = train_final(run, config, seconds, record)
-        info = write_bundle(run, training, temperature, name)
+        info = write_bundle(run, training, calibration, name)
         found = {"config": config.as_dict(), "pretrained": info["pretrained"], "origin": info["origin"],
                  "history": training.history, "parity": check_bundle(run, training)}
         record.log_tags({"pretrained": info["pretrained"], "weights": info["origin"]})

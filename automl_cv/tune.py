@@ -28,7 +28,9 @@ from .baseline import standard_config
 from .cache import Images, load_images
 from .core import AutomlError, Run, atomic_path, home, say
 from .data import open_step
-from .learner import Config, Training, fit, fit_temperature, score
+from .learner import Config, fit
+from .scores import JUDGES
+from .tasks import TASKS, headline
 from .tracking import Record, child, tracked_step
 from .transforms import make_policy
 
@@ -95,12 +97,12 @@ def finished_trials(
     return study.get_trials(deepcopy=False, states=FINISHED)
 
 # %% ../nbs/03_tune.ipynb #9ce5519b
-def _on_epoch(trial: Trial, record: Record, config: Config) -> Callable[[dict[str, float]], None]:
-    def tell(entry: dict[str, float]) -> None:
+def _on_epoch(trial: Trial, record: Record, config: Config) -> Callable[[dict[str, Any]], None]:
+    def tell(entry: dict[str, Any]) -> None:
         record.log_metrics(entry, step=entry["epoch"])
         say(f"  trial {trial.number} epoch {entry['epoch']}/{config.epochs}: validation "
-            f"{100 * entry['accuracy']:.1f} %")
-        trial.report(entry["accuracy"], entry["epoch"])
+            f"{TASKS[config.task].title} {100 * headline(entry):.1f} %")
+        trial.report(headline(entry), entry["epoch"])
         diverged, is_last = not math.isfinite(entry["train_loss"]), entry["epoch"] == config.epochs
         if diverged or (not is_last and trial.should_prune()):
             raise optuna.TrialPruned
@@ -123,7 +125,7 @@ def run_trial(
     search: Search,  # what all trials share
     trial: Trial,  # asked from the study
     seconds: float = 0.0,  # time left; 0 for no limit
-) -> float:  # validation accuracy, 0 to 1
+) -> float:  # the headline on the validation pictures, 0 to 1
     """Run one trial and record it. Raises optuna.TrialPruned, AutomlError interrupted."""
     config = suggest_config(trial, search.base, search.max_epochs)
     checkpoint = search.run.path / "trials" / f"{config.key()}.pt"
@@ -138,12 +140,12 @@ def run_trial(
             record.log_tags({"state": "pruned"})
             say(f"  trial {trial.number} pruned")
             raise
-        found = score(training.logits, search.validation.targets)
-        trial.set_user_attr("scores", found)
-        trial.set_user_attr("temperature", fit_temperature(training.logits, search.validation.targets))
+        judge, answers = JUDGES[config.task], (training.logits, search.validation.targets)
+        trial.set_user_attr("scores", found := judge.score(*answers))
+        trial.set_user_attr("calibration", judge.calibrate(*answers))
         trial.set_user_attr("seconds", training.elapsed)
         checkpoint.unlink(missing_ok=True)
-    return found["accuracy"]
+    return headline(found)
 
 # %% ../nbs/03_tune.ipynb #834bf4ae
 def _is_dead(trial: FrozenTrial) -> bool:
@@ -206,13 +208,14 @@ def draw_study(
     kinds = {"history": plots.plot_optimization_history, "importances": plots.plot_param_importances,
              "parallel_coordinates": plots.plot_parallel_coordinate}
     for name, draw in kinds.items():
-        try:
-            draw(study)
-        except (RuntimeError, ValueError):  # importances need two complete trials that differ
-            continue
-        with atomic_path(folder / f"{name}.png") as path:
-            pyplot.savefig(path, format="png", dpi=100, bbox_inches="tight")
-        pyplot.close("all")
+        with pyplot.rc_context():  # Optuna sets a style, which would change the pictures of later steps too
+            try:
+                draw(study)
+            except (RuntimeError, ValueError):  # importances need two complete trials that differ
+                continue
+            with atomic_path(folder / f"{name}.png") as path:
+                pyplot.savefig(path, format="png", dpi=100, bbox_inches="tight")
+            pyplot.close("all")
         drawn.append(folder / f"{name}.png")
     return drawn
 
@@ -222,7 +225,7 @@ def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:
     config = suggest_config(optuna.trial.FixedTrial(best.params), search.base, search.max_epochs)
     states = [trial.state.name.lower() for trial in finished_trials(study)]
     return {"split": "validation", "config": config.as_dict(), "scores": best.user_attrs["scores"],
-            "temperature": best.user_attrs["temperature"],
+            **best.user_attrs["calibration"],
             "best_trial": best.number, "study": study.study_name,
             "trials": {state: states.count(state) for state in ("complete", "pruned")},
             "trial_images": len(search.train)}
@@ -244,15 +247,16 @@ def run_step(
 ) -> dict[str, Any]:  # the content of tune.json
     """Search the best configuration on validation pictures, going on where it stopped. Raises AutomlError."""
     run = open_step(run_dir)
-    base = standard_config(backbone, pretrained, transforms=transforms, size=size, batch_size=batch_size,
-                           seed=seed)
-    policy, classes = make_policy(transforms, size), len(run.read("data")["classes"])
+    data, policy = run.read("data"), make_policy(transforms, size)
+    base = standard_config(backbone, pretrained, task=data["task"], transforms=transforms, size=size,
+                           batch_size=batch_size, seed=seed)
     train = load_images(run, "train", policy)
     train = train.sample(max(1, round(trial_share * len(train))), seed)
     study = open_study(run, storage, seed)
     with tracked_step(run, "tune",
                       {"trials": trials, "max_epochs": max_epochs, "trial_share": trial_share}) as record:
-        search = Search(run, base, train, load_images(run, "validation", policy), classes, max_epochs, record)
+        validation = load_images(run, "validation", policy)
+        search = Search(run, base, train, validation, len(data["classes"]), max_epochs, record)
         search_trials(study, search, trials, seconds)
         found = _conclude(study, search)
         for path in draw_study(study, run.path / "tune"):

@@ -42,11 +42,25 @@ function row(share) {
   return item;
 }
 
-function showAnswer(found) {
+function showClass(found) {
   find("label").textContent = found.label;
   find("sure").textContent = `${percent(found.confidence)} sure`;
   find("confidence").style.width = `${100 * found.confidence}%`;
-  find("shares").replaceChildren(...found.probabilities.slice(1).map(row));
+  return found.probabilities.slice(1);
+}
+
+// Each label has a threshold of its own, so one that was not found may be more probable than one that was.
+function showLabels(found) {
+  const names = found.labels.map((share) => share.label);
+  find("found").replaceChildren(...found.labels.map(row));
+  find("none").hidden = names.length > 0;
+  return found.probabilities.filter((share) => !names.includes(share.label));
+}
+
+function showAnswer(found) {
+  const others = found.labels ? showLabels(found) : showClass(found);
+  find("shares").replaceChildren(...others.map(row));
+  find("others").hidden = !others.length;
   find("notes").textContent = found.notes.map((note) => `Note: ${note}.`).join(" ");
   show("answer");
 }
