@@ -225,7 +225,8 @@ def check_folder(
 
 # %% ../nbs/07a_cli.ipynb #86c952e5
 def _refuse(error: AutomlError) -> None:
-    print(json.dumps({"outcome": "rejected", "status": error.status, "code": error.code, "detail": str(error)}))
+    print(json.dumps({"outcome": "rejected", "status": error.status, "code": error.code,
+                      "detail": str(error)}))
     raise typer.Exit(error.exit_code)
 
 # %% ../nbs/07a_cli.ipynb #ee1ee9a6

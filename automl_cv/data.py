@@ -17,7 +17,8 @@ import pandas as pd
 
 from .audit import Finding, apply_fixes, apply_review, audit, findings_table, read_review
 from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
-from .core import AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say, write_bytes
+from .core import (AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say,
+                            write_bytes)
 from .items import Source, split_labels
 from .report import count_classes, write_report
 from .scan import scan
@@ -171,7 +172,7 @@ def write_results(
     findings: list[Finding],  # what was found
     summary: dict[str, Any],  # the content of data.json
 ) -> None:
-    """Write manifest.parquet, findings.json, review.csv, data.json and, where something changed, report.html."""
+    """Write manifest, findings, review table and data.json, and the report where something changed."""
     with atomic_path(run.manifest) as path:
         manifest.to_parquet(path, index=False)
     run.write("findings", [asdict(finding) for finding in findings])
@@ -193,7 +194,7 @@ def run_step(
     test: float = 0.15,  # share for the sealed test split, where the source brings none; above 0, below 1
     seed: int = 0,  # of the split
 ) -> dict[str, Any]:  # the content of data.json
-    """Scan, audit and split a source; write manifest, summary, review table and report. Raises AutomlError."""
+    """Scan, audit and split a source; write manifest, summary and report. Raises AutomlError."""
     run, opened = open_run(run_dir), open_source(source, label_column, group_column)
     manifest, findings, moved = decide(scan(opened), opened, fix, review)
     classes = list_classes(manifest, opened.task)

@@ -35,7 +35,8 @@ SIGNATURES = (
 
 # %% ../nbs/00a_pixels.ipynb #dbb3e16a
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF",
-          b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
+          b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC",
+          b"mif1": "HEIC", b"msf1": "HEIC"}
 
 # %% ../nbs/00a_pixels.ipynb #3c30acae
 def sniff(

@@ -141,7 +141,9 @@ def gallery(
     return shown
 
 # %% ../nbs/00o_report.ipynb #a230fa47
-def _sections(items: dict[str, Item], findings: list[Finding], labels: dict[str, str]) -> list[dict[str, Any]]:
+def _sections(
+    items: dict[str, Item], findings: list[Finding], labels: dict[str, str]
+) -> list[dict[str, Any]]:  # one per kind
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.kind, []).append(finding)

@@ -94,8 +94,8 @@ class Store:
 
     def facts(self, sha256: str) -> dict[str, Any] | None:  # None where the content is unknown
         """Return what is known about a content."""
-        found = self.database.execute(f"SELECT {', '.join(FACTS)} FROM facts WHERE sha256 = ? AND version = ?",
-                                      [sha256, VERSION]).fetchone()
+        query = f"SELECT {', '.join(FACTS)} FROM facts WHERE sha256 = ? AND version = ?"
+        found = self.database.execute(query, [sha256, VERSION]).fetchone()
         return found and dict(zip(FACTS, found))
 
     def keep(self, item: Item, facts: dict[str, Any]) -> None:

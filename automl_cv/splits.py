@@ -52,7 +52,7 @@ def stratify(
     labels: list[list[int]],  # of each of N pictures: the indices of its classes
     groups: np.ndarray,  # int64 [N], the same number for pictures that belong together
     shares: list[float],  # of each part, sums to 1
-    spread: bool = False,  # every part wants a picture of each class; a class of too few goes to the first part
+    spread: bool = False,  # every part wants some of each class; a class of too few is the first part's
     seed: int = 0,
 ) -> np.ndarray:  # int64 [N], the part of each picture
     """Share pictures out so that every part looks like the whole."""
