@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .cache import Images, load_images
-from .core import Run, hash_bytes, say
+from .core import Run, say
 from .data import open_step
 from .features import extract_features, feature_bank, linear_probe
 from .learner import Config, Training, fit
@@ -81,8 +81,7 @@ def probe_features(
 ) -> tuple[np.ndarray, int]:  # float64 [N, classes], and the number of training pictures that were used
     """Fit a linear model to frozen features and answer the validation pictures."""
     train = train.sample(affordable(model, train.at(size), seconds))
-    banks = [feature_bank(model, images.at(size), hash_bytes(images.array.tobytes()))
-             for images in (train, validation)]
+    banks = [feature_bank(model, images.at(size), images.key) for images in (train, validation)]
     return linear_probe(banks[0], train.targets, model.head.out_features).logits(banks[1]), len(train)
 
 # %% ../nbs/02_baseline.ipynb #a90ede70

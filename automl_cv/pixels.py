@@ -152,7 +152,7 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
         if image.getextrema()[3][0] < 255:
             notes.append("transparency was laid over white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../nbs/00a_pixels.ipynb #9b59fadf
 TURNS = {  # EXIF 2.32, tag 0x0112

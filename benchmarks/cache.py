@@ -1,0 +1,126 @@
+"""The decode-once cache against plain torchvision: filling it, and reading an epoch back.
+
+The plain side is what every tutorial writes: ImageFolder, Resize, ToTensor, and a DataLoader with two workers and
+batches of 64. Two leaner ones are measured beside it, which leave the pictures as bytes: Resize on pictures, and v2's
+Resize on tensors, which has vector instructions. All use the same files, the same side and the same two cores, take
+turns, and find the files in memory. `first_epoch` is what a new process pays: opening, checksums, reading.
+
+Usage: python benchmarks/cache.py FOLDER [REPEATS]     FOLDER has class folders; larger photographs are drawn
+"""
+
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from automl_cv import store
+from automl_cv.cache import Rows, decode_rows
+from automl_cv.compat import v2
+from automl_cv.core import hash_file
+from automl_cv.learner import plan_batches
+from automl_cv.pixels import Policy
+from automl_cv.scenes import CLASSES, draw_scene
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose, PILToTensor, Resize, ToTensor
+
+BATCH, POLICY = 64, Policy()
+
+
+def used() -> float:
+    """Return the CPU seconds of this process and of the children that it waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def timed(work: Callable[[], object]) -> dict[str, float]:
+    """Run something and return its wall and CPU seconds."""
+    cpu, started = used(), time.monotonic()
+    work()
+    return {"wall": time.monotonic() - started, "cpu": used() - cpu}
+
+
+def draw_photographs(folder: Path, count: int) -> Path:
+    """Draw pictures of 1920 x 1080 with a camera's noise, as JPEG."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        label = CLASSES[number % len(CLASSES)]
+        scene = np.asarray(draw_scene(label, number, 270).resize((1920, 1080), Image.Resampling.BICUBIC), np.float32)
+        noisy = np.clip(scene + random.normal(0, 5, scene.shape), 0, 255).astype(np.uint8)
+        path = folder / label / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noisy).save(path, quality=90)
+    return folder
+
+
+def list_rows(folder: Path) -> pd.DataFrame:
+    """Return what step 1 knows of each file."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return pd.DataFrame({"path": [path.relative_to(folder).as_posix() for path in paths],
+                         "sha256": [hash_file(path) for path in paths]})
+
+
+def plain_pass(folder: Path, change: Compose) -> None:
+    """Go through a folder once, as a training with torchvision does in every epoch."""
+    for _ in DataLoader(ImageFolder(folder, change), batch_size=BATCH, num_workers=2):
+        pass
+
+
+def read_epoch(pictures: Rows, epoch: int) -> None:
+    """Read every picture once in shuffled batches, as `learner.iterate_batches` does."""
+    for index in plan_batches(len(pictures), BATCH, 0, epoch):
+        pictures[np.sort(index)]
+
+
+def measure_once(folder: Path, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Let every side do its work once."""
+    side = (POLICY.store, POLICY.store)
+    plain = {"plain": Compose([Resize(side), ToTensor()]), "plain_bytes": Compose([Resize(side), PILToTensor()]),
+             "v2_bytes": v2.Compose([v2.ToImage(), v2.Resize(side, antialias=True)])}
+    found = {name: timed(lambda: plain_pass(folder, change)) for name, change in plain.items()}
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["AUTOML_CV_HOME"] = home
+        found["build"] = timed(lambda: decode_rows(str(folder), rows, POLICY))
+        store._blocks.clear()  # what a new process knows
+        found["first_epoch"] = timed(lambda: read_epoch(decode_rows("", rows, POLICY), 0))
+        pictures = decode_rows("", rows, POLICY)
+        found["epoch"] = timed(lambda: read_epoch(pictures, 1))
+    return found
+
+
+def compare(folder: Path, repeats: int) -> dict[str, object]:
+    """Measure a folder several times and return medians, spreads and ratios."""
+    rows = list_rows(folder)
+    runs = [measure_once(folder, rows) for _ in range(repeats)]
+    report: dict[str, object] = {"pictures": len(rows), "side": POLICY.store}
+    for name in runs[0]:
+        walls = [run[name]["wall"] for run in runs]
+        report[name] = {"seconds": round(statistics.median(walls), 3), "spread": [round(min(walls), 3), round(max(walls), 3)],
+                        "cpu_seconds": round(statistics.median(run[name]["cpu"] for run in runs), 3)}
+    for ours in ("build", "first_epoch", "epoch"):
+        report[f"{ours}_faster_than"] = {
+            name: {kind: round(statistics.median(run[name][kind] / run[ours][kind] for run in runs), 2)
+                   for kind in ("wall", "cpu")} for name in ("plain", "plain_bytes", "v2_bytes")}
+    return report
+
+
+def main(folder: str, repeats: int = 3) -> dict[str, object]:
+    """Measure the small pictures of a folder and drawn large ones, and print JSON."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    with tempfile.TemporaryDirectory() as room:
+        large = draw_photographs(Path(room), 2 * BATCH)  # a batch for each worker
+        report = {"given": compare(Path(folder), repeats), "drawn 1080p": compare(large, repeats)}
+    print(json.dumps(report, indent=2))
+    return report
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 3)
