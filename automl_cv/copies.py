@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from .audit import Finding
 from .items import Source
 from .splits import join_groups
 from .twins import find_twins
@@ -49,17 +50,17 @@ def set_copies_aside(
 def mark_twins(
     manifest: pd.DataFrame,  # one row per file
     source: Source,  # where its pictures can be read
-) -> pd.DataFrame:  # with `twin`: 0, or the number of the group of copies
+) -> tuple[pd.DataFrame, list[Finding]]:  # with `twin`: 0, or the number of the group; and the groups found
     """Number the pictures that show the same."""
     items = source.by_name()
-    twins = pd.Series(0, manifest.index)
-    for number, paths in enumerate(find_twins(manifest, lambda path: items[path].read()), 1):
-        twins[manifest.path.isin(paths)] = number
+    found = find_twins(manifest, lambda path: items[path].read())
+    numbers = {path: number for number, finding in enumerate(found, 1) for path in finding.paths}
+    twins = manifest.path.map(numbers).fillna(0).astype(int)
     used = manifest.status == "used"
     copies = used & manifest.sha256.where(used).duplicated(keep=False)
     joined = join_groups(twins, manifest.sha256.where(copies, ""))
     shared = pd.Series(joined, manifest.index).where(used & ((twins > 0) | copies))
-    return manifest.assign(twin=pd.factorize(shared)[0] + 1)
+    return manifest.assign(twin=pd.factorize(shared)[0] + 1), found
 
 # %% ../nbs/00p_copies.ipynb #cae642dd
 def settle_twins(

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .audit import Finding, apply_fixes, apply_review, audit, findings_table, read_review
+from .audit import Finding, audit
 from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
 from .core import (AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say,
                             write_bytes)
+from .fixes import apply_fixes, apply_review, findings_table, read_review
 from .items import Source, split_labels
 from .report import count_classes, write_report
 from .scan import scan
@@ -137,8 +138,9 @@ def decide(
         manifest = apply_review(manifest, read_review(Path(review)))
     manifest = set_copies_aside(manifest, kinds)
     list_classes(manifest, source.task)
-    manifest, moved = settle_twins(mark_twins(manifest, source))
-    findings = audit(manifest, source)
+    manifest, twins = mark_twins(manifest, source)
+    findings = [*audit(manifest, source.task), *twins]
+    manifest, moved = settle_twins(manifest)
     return apply_fixes(manifest, findings, [kind for kind in kinds if kind not in FIXES]), findings, moved
 
 # %% ../nbs/01_data.ipynb #2f81bb83

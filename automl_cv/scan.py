@@ -18,8 +18,8 @@ from typing import Any
 import imagehash
 import pandas as pd
 
-from .audit import describe
 from .core import AutomlError, check_stop, hash_bytes, home, track
+from .facts import describe
 from .items import Item, Source
 from .pixels import DATASET, decode, open_image, sniff
 

@@ -83,6 +83,6 @@ def test_wrong_labels_are_found(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTOML_CV_WEIGHTS", str(WEIGHTS))
     data = corpus / "datasets/D14_wrong_labels"
     _, found = check(data, "--deep", "--backbone", "mobilenet_v2", "--out", str(tmp_path / "out"))
-    listed = [f["paths"][0] for f in found["findings"] if f["kind"] == "mislabel"][:12]
+    listed = [f["paths"][0] for f in found["findings"] if f["kind"] == "mislabels"][:12]
     planted = [row["file"] for row in json.loads((data / "truth.json").read_text())["wrong_labels"]]
     assert len(set(listed) & set(planted)) >= 5
