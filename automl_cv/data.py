@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'natural_key', 'list_classes', 'fingerprint', 'read_split', 'encode_targets', 'row_targets', 'open_test',
-           'list_unused', 'decide', 'summarise', 'write_results', 'run_step', 'open_step']
+           'list_unused', 'decide', 'summarise', 'write_results', 'run_step', 'keep_frame', 'open_step']
 
 # %% ../nbs/01_data.ipynb #922e470d
 import re
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,21 @@ def run_step(
     for line in [*opened.warnings, *(f.detail for f in findings if f.severity == "error")]:
         say(f"WARNING: {line}")
     return run.read("data")
+
+# %% ../nbs/01_data.ipynb #75ad11ec
+def keep_frame(
+    run: Run,  # whose folder keeps the table
+    frame: pd.DataFrame,  # paths and labels, as `tables.open_frame` wants them
+    label: str = "",  # column of labels; empty finds it
+    group: str = "",  # column of what must not be torn apart; empty finds it
+) -> str:  # a source for `run_step`
+    """Write a DataFrame of pictures as a table. Raises AutomlError bad_table."""
+    source = open_source(frame, label, group)
+    rows = [{"path": str(Path(item.name).absolute()), "label": item.label, "split": item.split,
+             "group": item.group} for item in source.items]
+    with atomic_path(run.path / "source.parquet") as path:
+        pd.DataFrame(rows).to_parquet(path, index=False)
+    return str(run.path / "source.parquet")
 
 # %% ../nbs/01_data.ipynb #9fdfc926
 def open_step(
