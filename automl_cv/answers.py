@@ -133,8 +133,9 @@ def draw_labels(
     counts = pd.DataFrame({"found": (truth & said).sum(axis=0), "missed": (truth & ~said).sum(axis=0),
                            "wrongly given": (said & ~truth).sum(axis=0)}, names)
     figure = Figure(figsize=(8, 1.6 + 0.4 * min(len(names), 100)), layout="constrained")
-    axes = figure.subplots()
-    counts[::-1].plot.barh(stacked=True, ax=axes, color=["#4a9c5d", "#e0a030", "#c0392b"], width=0.75)
+    axes, colours = figure.subplots(), ["#4a9c5d", "#e0a030", "#c0392b"]
+    counts[::-1].plot.barh(stacked=True, ax=axes, color=colours, width=0.75, legend=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     for bars in axes.containers:
         axes.bar_label(bars, [int(n) or "" for n in bars.datavalues], label_type="center", color="white")
     right = int((truth == said).all(axis=1).sum())
@@ -179,12 +180,14 @@ def draw_mistakes(
     predictor: Predictor,  # decodes as it did when it answered
 ) -> Figure:
     """Draw the worst mistakes with true and predicted labels."""
-    worst, high = worst_mistakes(answers), 2.1 if answers.task.exclusive else 2.4
-    figure = Figure(figsize=(11, 0.6 + high * max(1, -(-len(worst) // 6))), layout="constrained")
+    worst = worst_mistakes(answers)
+    captions = [describe_mistake(answers, index) for index in worst]
+    height = 1.8 + 0.15 * max((caption.count("\n") + 1 for caption in captions), default=2)
+    figure = Figure(figsize=(11, 0.6 + height * max(1, -(-len(worst) // 6))), layout="constrained")
     figure.suptitle(f"The {len(worst)} most confident mistakes" if worst else "No mistakes")
-    for place, index in enumerate(worst, 1):
+    for place, (index, caption) in enumerate(zip(worst, captions), 1):
         axes = figure.add_subplot(-(-len(worst) // 6), 6, place)
         axes.imshow(predictor.decode(answers.items[index].read(), DATASET)[0])
-        axes.set_title(describe_mistake(answers, index), fontsize=9)
+        axes.set_title(caption, fontsize=9)
         axes.axis("off")
     return figure

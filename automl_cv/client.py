@@ -38,7 +38,7 @@ def ask(
     url: str,  # the service's address, like http://127.0.0.1:8000
     data: bytes,  # a picture file's content
     timeout: float = 30.0,  # seconds
-) -> dict[str, Any]:  # label, confidence, class_index
+) -> dict[str, Any]:  # label, confidence, class_index; and labels, where there may be several
     """Send one picture to a service. Raises AutomlError with the service's code, or not_ready."""
     body, kind = _form(data)
     request = urllib.request.Request(f"{url}/predict", body, {"Content-Type": kind})

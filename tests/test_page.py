@@ -66,6 +66,21 @@ def test_choose_a_file(open_page, server, plain):
     assert page.locator("#preview").evaluate("image => image.naturalWidth") == 64
 
 
+def test_several_labels(open_page, start, plain, tmp_path):
+    from automl_cv.export import colour_bundle
+
+    with start(colour_bundle(tmp_path / "model", "multilabel")) as server:
+        page = open_page(server.url, viewport={"width": 360, "height": 700})
+        page.set_input_files("#file", picture(plain, "yellow"))
+        page.wait_for_selector("#answer:visible")
+        assert page.inner_text("#found").split() == ["red", "over", "99", "%", "green", "over", "99", "%"]
+        assert page.inner_text("#shares").split() == ["blue", "50", "%"] and page.is_hidden("#none")
+        page.set_input_files("#file", picture(plain, "black"))
+        page.wait_for_selector("#none:visible")
+        assert page.inner_text("#none") == "none of the labels" and page.locator("#found li").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def test_keyboard_alone(open_page, server, plain):
     page = open_page(server.url)
     with page.expect_file_chooser() as chooser:
