@@ -18,9 +18,8 @@ import pandas as pd
 
 from .audit import Finding, audit
 from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
-from .core import (AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say,
-                            write_bytes)
-from .fixes import apply_fixes, apply_review, findings_table, read_review
+from .core import AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say
+from .fixes import apply_fixes, apply_review, findings_table, read_review, write_review
 from .items import Source, split_labels
 from .report import count_classes, write_report
 from .scan import scan
@@ -135,21 +134,21 @@ def decide(
 ) -> tuple[pd.DataFrame, list[Finding], int]:  # with `twin`; the findings; pictures moved to one side
     """Apply decisions and find what is left to decide. Raises AutomlError unknown_parameter."""
     kinds = [kind.strip() for kind in fix.split(",") if kind.strip()]
-    if review:
-        manifest = apply_review(manifest, read_review(Path(review)))
     manifest = set_copies_aside(manifest, kinds)
+    if review:
+        manifest = apply_review(manifest, read_review(Path(review)), source.task)
     list_classes(manifest, source.task)
     manifest, twins = mark_twins(manifest, source)
     findings = [*audit(manifest, source.task), *twins]
     manifest, moved = settle_twins(manifest)
-    return apply_fixes(manifest, findings, [kind for kind in kinds if kind not in FIXES]), findings, moved
+    rest = [kind for kind in kinds if kind not in FIXES]
+    return apply_fixes(manifest, findings, rest, source.task), findings, moved
 
 # %% ../nbs/01_data.ipynb #2f81bb83
 def summarise(
     source: Source,  # an opened source
     manifest: pd.DataFrame,  # one row per file, with splits
     classes: list[str],  # in their order
-    findings: list[Finding],  # what was found
     moved: int = 0,  # near-duplicates that changed sides
 ) -> dict[str, Any]:  # the content of data.json
     """Count what was found and fix what later steps rely on."""
@@ -164,7 +163,6 @@ def summarise(
             "conflicts": conflicts.sha256.nunique(),
             "near_duplicate_groups": int(used[used.twin > 0].twin.nunique()),
             "bad_rows": source.bad_rows or {}, "warnings": list(source.warnings),
-            "findings": dict(Counter(finding.kind for finding in findings)),
             "fingerprint": fingerprint(used), "seal": fingerprint(used[used.split == "test"])}
 
 # %% ../nbs/01_data.ipynb #983d8f63
@@ -179,11 +177,12 @@ def write_results(
     with atomic_path(run.manifest) as path:
         manifest.to_parquet(path, index=False)
     run.write("findings", [asdict(finding) for finding in findings])
-    write_bytes(run.path / "review.csv", findings_table(findings, manifest).to_csv(index=False).encode())
+    write_review(run.path / "review.csv", findings_table(findings, manifest))
     shown = [hash_file(run.path / name) for name in ("manifest.parquet", "findings.json")]
     if run.read("data", {}).get("shown") != shown or not (run.path / "report.html").exists():
         write_report(run.path / "report.html", source.by_name(), manifest, findings, summary)
-    run.write("data", summary | {"shown": shown})
+    counts = dict(Counter(finding.kind for finding in findings))
+    run.write("data", summary | {"findings": counts, "shown": shown})
 
 # %% ../nbs/01_data.ipynb #1fd06903
 def run_step(
@@ -203,7 +202,7 @@ def run_step(
     classes = list_classes(manifest, opened.task)
     manifest = split_rows(manifest, validation, test, opened.task, seed)
     manifest["fold"] = assign_folds(manifest, task=opened.task, seed=seed)
-    summary = summarise(opened, manifest, classes, findings, moved)
+    summary = summarise(opened, manifest, classes, moved)
     write_results(run, opened, manifest.drop(columns="thumb"), findings, summary)
     for line in [*opened.warnings, *(f.detail for f in findings if f.severity == "error")]:
         say(f"WARNING: {line}")
