@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'DARK', 'BLANK', 'BLURRY', 'TINY', 'LONG', 'COPIES', 'FEW', 'UNEVEN', 'SHOWN', 'GIVEN_AWAY', 'SAMPLE',
            'Finding', 'report', 'judged', 'find_faults', 'find_odd_files', 'find_copies', 'by_class',
-           'find_uneven_classes', 'find_missing_classes', 'find_similar_names', 'find_shortcuts', 'audit']
+           'find_uneven_classes', 'find_missing_classes', 'spellings', 'find_similar_names', 'find_shortcuts', 'audit']
 
 # %% ../nbs/00j_audit.ipynb #bada2594
 import re
@@ -181,11 +181,15 @@ def _letters(name: str) -> str:
     return "".join(letter for letter in parts if letter.isalnum())
 
 # %% ../nbs/00j_audit.ipynb #b125af29
-def _spellings(letters: str) -> set[str]:
+def spellings(
+    name: str,  # of a class
+) -> set[str]:  # two names that share one look alike
+    """Return a class name's letters, also with one of them left out."""
+    letters = _letters(name)
     shorter = {letters[:i] + letters[i + 1:] for i in range(len(letters))} if letters.isalpha() else set()
     return {letters} | (shorter if len(letters) > 4 else {letters.removesuffix("s")})
 
-# %% ../nbs/00j_audit.ipynb #3ecef5a9
+# %% ../nbs/00j_audit.ipynb #3ef24fde
 def find_similar_names(
     manifest: pd.DataFrame,  # one row per file
     task: str = "classification",  # or "multilabel"
@@ -194,7 +198,7 @@ def find_similar_names(
     rows, shared = by_class(judged(manifest), task), defaultdict(set)
     counts = rows.label.value_counts()
     for name in counts.index:
-        for spelling in _spellings(_letters(name)) - {""}:
+        for spelling in spellings(name) - {""}:
             shared[spelling].add(name)
     found = {}
     for pair in sorted({pair for names in shared.values() for pair in combinations(sorted(names), 2)}):
