@@ -103,7 +103,8 @@ def compare(folder: Path, repeats: int) -> dict[str, object]:
     report: dict[str, object] = {"pictures": len(rows), "side": POLICY.store}
     for name in runs[0]:
         walls = [run[name]["wall"] for run in runs]
-        report[name] = {"seconds": round(statistics.median(walls), 3), "spread": [round(min(walls), 3), round(max(walls), 3)],
+        report[name] = {"seconds": round(statistics.median(walls), 3),
+                        "spread": [round(min(walls), 3), round(max(walls), 3)],
                         "cpu_seconds": round(statistics.median(run[name]["cpu"] for run in runs), 3)}
     for ours in ("build", "first_epoch", "epoch"):
         report[f"{ours}_faster_than"] = {
