@@ -138,8 +138,7 @@ def calibrate_classes(
     targets: np.ndarray,  # int64 [N]
 ) -> dict[str, Any]:  # temperature; thresholds, empty
     """Fit what turns logits into probabilities that can be believed."""
-    tensors = torch.tensor(logits, dtype=torch.float64), torch.tensor(targets)
-    temperature = fit_temperature(lambda t: class_loss(tensors[0] / t, tensors[1]).item())
+    temperature = fit_temperature(lambda t: score_classes(logits / t, targets)["loss"])
     return {"temperature": temperature, "thresholds": {}}
 
 # %% ../nbs/00n_scores.ipynb #0238ee3b
