@@ -25,15 +25,28 @@ from .items import SPLITS, split_labels
 
 # %% ../nbs/00j_audit.ipynb #3f67a826
 KINDS = {  # kind: severity, proposed action
-    "damaged": ("warning", "quarantine"), "conflicts": ("warning", "quarantine"),
-    "leaks": ("warning", "quarantine"), "duplicates": ("info", "quarantine"),
-    "near_duplicates": ("info", "keep_together"), "mislabels": ("warning", "relabel"),
-    "blank": ("warning", "quarantine"), "dark": ("warning", "quarantine"), "blurry": ("warning", "quarantine"),
-    "tiny": ("info", "quarantine"), "extreme_ratio": ("info", "look"), "odd_mode": ("info", "look"),
-    "wrong_suffix": ("info", "look"), "missing_in_split": ("warning", "look"),
-    "empty_classes": ("warning", "look"), "few_pictures": ("warning", "look"), "imbalance": ("warning", "look"),
-    "same_class_names": ("warning", "merge_classes"), "similar_class_names": ("info", "look"),
-    "ambiguous_classes": ("info", "look"), "shortcuts": ("warning", "look"), "weak_review": ("warning", "look"),
+    "damaged": ("warning", "quarantine"),
+    "conflicts": ("warning", "quarantine"),
+    "leaks": ("warning", "quarantine"),
+    "duplicates": ("info", "quarantine"),
+    "near_duplicates": ("info", "keep_together"),
+    "mislabels": ("warning", "relabel"),
+    "blank": ("warning", "quarantine"),
+    "dark": ("warning", "quarantine"),
+    "blurry": ("warning", "quarantine"),
+    "tiny": ("info", "quarantine"),
+    "extreme_ratio": ("info", "look"),
+    "odd_mode": ("info", "look"),
+    "wrong_suffix": ("info", "look"),
+    "missing_in_split": ("warning", "look"),
+    "empty_classes": ("warning", "look"),
+    "few_pictures": ("warning", "look"),
+    "imbalance": ("warning", "look"),
+    "same_class_names": ("warning", "merge_classes"),
+    "similar_class_names": ("info", "look"),
+    "ambiguous_classes": ("info", "look"),
+    "shortcuts": ("warning", "look"),
+    "weak_review": ("warning", "look"),
 }
 
 # %% ../nbs/00j_audit.ipynb #23c23e7c
@@ -73,6 +86,10 @@ def judged(
     """Return the rows of the pictures that take part: used, and in no split without labels."""
     return manifest[(manifest.status == "used") & (manifest.split != "unlabelled")]
 
+# %% ../nbs/00j_audit.ipynb #e78a3afd
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
 # %% ../nbs/00j_audit.ipynb #6778d573
 def find_faults(
     manifest: pd.DataFrame,  # one row per file, with the columns of `facts.describe`
@@ -81,13 +98,13 @@ def find_faults(
     rows = judged(manifest)
     low, high = rows[["width", "height"]].min(axis=1), rows[["width", "height"]].max(axis=1)
     dark, blank = rows.brightness + 2 * rows.contrast < DARK, rows.contrast < BLANK
-    tests = [("dark", dark, rows.brightness, "almost black"),
-             ("blank", blank & ~dark, rows.contrast, "of one colour"),
-             ("blurry", (rows.sharpness < BLURRY) & ~blank & ~dark, rows.sharpness, "without a sharp edge"),
-             ("tiny", low < TINY, low, f"under {TINY} pixels"),
-             ("extreme_ratio", high > LONG * low, low / high, f"more than {LONG:g} times as long as wide")]
+    tests = [("dark", dark, rows.brightness, "Almost black"),
+             ("blank", blank & ~dark, rows.contrast, "Of one colour"),
+             ("blurry", (rows.sharpness < BLURRY) & ~blank & ~dark, rows.sharpness, "Without a sharp edge"),
+             ("tiny", low < TINY, low, f"Under {TINY} pixels"),
+             ("extreme_ratio", high > LONG * low, low / high, f"More than {LONG:g} times as long as wide")]
     return [report(kind, rows.path[hit].iloc[worst[hit].argsort(kind="stable")],
-                   f"{hit.sum()} pictures are {text}.", hit.sum())
+                   f"{text}: {_many(hit.sum(), 'picture')}.", hit.sum())
             for kind, hit, worst, text in tests if hit.any()]
 
 # %% ../nbs/00j_audit.ipynb #a914cd68
@@ -101,16 +118,18 @@ def find_odd_files(
 ) -> list[Finding]:
     """Find what could not be used, odd pixel modes, and suffixes that name another format."""
     bad = manifest[(manifest.status == "quarantined") & ~manifest.reason.isin(COPIES)]
-    found = [report("damaged", rows.path, f"{len(rows)} files cannot be used: {rows.notes.iloc[0]}", len(rows),
-                    value=reason) for reason, rows in bad.groupby("reason")]
+    found = [report("damaged", rows.path, f"{_many(len(rows), 'file')} cannot be used: {rows.notes.iloc[0]}",
+                    len(rows), reason) for reason, rows in bad.groupby("reason")]
     rows = judged(manifest)
     odd = rows[~rows["mode"].isin(["RGB", "L"])]
-    found += [report("odd_mode", group.path, f"{len(group)} pictures are stored as {mode} and were converted.",
-                     len(group), value=mode) for mode, group in odd.groupby("mode")]
+    found += [report("odd_mode", part.path, f"Stored as {mode} and converted: {_many(len(part), 'picture')}.",
+                     len(part), mode) for mode, part in odd.groupby("mode")]
     named = rows.path.map(lambda path: _SUFFIXES.get(PurePosixPath(path.lower()).suffix, ""))
     wrong = (named != "") & (named != rows.format)
-    return found + [report("wrong_suffix", rows.path[wrong], f"{wrong.sum()} names do not fit the format.",
-                           wrong.sum())] * bool(wrong.any())
+    if wrong.any():
+        text = f"The suffix names another format: {_many(wrong.sum(), 'picture')}."
+        found.append(report("wrong_suffix", rows.path[wrong], text, wrong.sum()))
+    return found
 
 # %% ../nbs/00j_audit.ipynb #77c6657e
 def find_copies(
@@ -148,7 +167,7 @@ def find_uneven_classes(
     if len(few):
         names = ", ".join(f"{name!r} {count}" for name, count in few[:SHOWN].items())
         found.append(report("few_pictures", rows.path[rows.label.isin(few.index)][:SHOWN],
-                            f"{len(few)} classes have under {FEW} usable pictures: {names}.", len(few)))
+                            f"Under {FEW} usable pictures: {names}.", len(few)))
     if len(counts) > 1 and counts.iloc[0] >= UNEVEN * counts.iloc[-1]:
         most, least = counts.index[0], counts.index[-1]
         text = f"{most!r} has {counts.iloc[0]} pictures and {least!r} {counts.iloc[-1]}."
@@ -171,7 +190,7 @@ def find_missing_classes(
         lacking = sorted(set(rows.label) - set(rows.label[rows.split == split]))
         if (rows.split == split).any():
             found += [report("missing_in_split", rows.path[rows.label == name][:SHOWN],
-                             f"{name!r} has no picture in {split} and {text}.", value=split, severity=severity)
+                             f"{name!r} has no picture in {split} and {text}.", 0, split, severity)
                       for name in lacking]
     return found
 
@@ -195,22 +214,21 @@ def find_similar_names(
     task: str = "classification",  # or "multilabel"
 ) -> list[Finding]:
     """Find class names that may mean the same."""
-    rows, shared = by_class(judged(manifest), task), defaultdict(set)
+    rows, shared, found = by_class(judged(manifest), task), defaultdict(set), []
     counts = rows.label.value_counts()
     for name in counts.index:
         for spelling in spellings(name) - {""}:
             shared[spelling].add(name)
-    found = {}
     for pair in sorted({pair for names in shared.values() for pair in combinations(sorted(names), 2)}):
         same = _letters(pair[0]) == _letters(pair[1])
         examples = [path for name in pair for path in rows.path[rows.label == name][:SHOWN // 2]]
-        found[pair] = report("same_class_names" if same else "similar_class_names", examples,
-                             f"{pair[0]!r} and {pair[1]!r} may be one class.", value=max(pair, key=counts.get))
-    return list(found.values())
+        found.append(report("same_class_names" if same else "similar_class_names", examples,
+                            f"{pair[0]!r} and {pair[1]!r} may be one class.", 0, max(pair, key=counts.get)))
+    return found
 
 # %% ../nbs/00j_audit.ipynb #2d407a17
 GIVEN_AWAY = 0.8  # Youden's index, up to 1
-SAMPLE = 20_000  # pictures that are looked at, at most
+SAMPLE = 10_000  # pictures that are looked at, at most
 
 # %% ../nbs/00j_audit.ipynb #1bb725b0
 def _origin(path: str, label: str) -> str:
@@ -229,8 +247,8 @@ def _clues(rows: pd.DataFrame) -> dict[str, np.ndarray]:
 # %% ../nbs/00j_audit.ipynb #52757b07
 def _give_away(clue: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     classes = np.unique(labels)
-    tree = DecisionTreeClassifier(max_leaf_nodes=4 * len(classes), min_samples_leaf=3, class_weight="balanced",
-                                  random_state=0)
+    tree = DecisionTreeClassifier(max_leaf_nodes=4 * len(classes), min_samples_leaf=3,
+                                  class_weight="balanced", random_state=0)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     answers = cross_val_predict(tree, np.asarray(clue, float)[:, None], labels, cv=folds)
     return {name: (answers[labels == name] == name).mean() - (answers[labels != name] == name).mean()
@@ -243,10 +261,10 @@ def find_shortcuts(
 ) -> list[Finding]:
     """Find facts that give the label away."""
     rows, found = judged(manifest), []
+    rows = rows.sample(min(len(rows), SAMPLE), random_state=0)
     rows = rows[rows.label.map(rows.label.value_counts()) >= FEW]
     if task != "classification" or rows.label.nunique() < 2:
         return []
-    rows = rows.sample(min(len(rows), SAMPLE), random_state=0)
     for name, clue in _clues(rows).items():
         known = {label: index for label, index in _give_away(clue, rows.label.to_numpy()).items()
                  if index >= GIVEN_AWAY} if len(np.unique(clue)) > 1 else {}

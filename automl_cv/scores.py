@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'JUDGES', 'class_loss', 'label_loss', 'wilson', 'score_classes', 'rank_pictures', 'weighted_map',
-           'bootstrap', 'score_labels', 'calibrate_classes', 'best_threshold', 'calibrate_labels', 'Judge']
+           'bootstrap', 'score_labels', 'fit_temperature', 'calibrate_classes', 'best_threshold', 'calibrate_labels',
+           'Judge']
 
 # %% ../nbs/00n_scores.ipynb #d8f616fe
 import math
@@ -124,7 +125,7 @@ def score_labels(
             "loss": loss.item(), "images": len(targets)}
 
 # %% ../nbs/00n_scores.ipynb #a1408656
-def _fit_temperature(
+def fit_temperature(
     loss: Callable[[float], float],  # log-loss of the logits divided by a number
 ) -> float:  # 0.2 to 5
     """Find the temperature with the least log-loss."""
@@ -137,8 +138,7 @@ def calibrate_classes(
     targets: np.ndarray,  # int64 [N]
 ) -> dict[str, Any]:  # temperature; thresholds, empty
     """Fit what turns logits into probabilities that can be believed."""
-    tensors = torch.tensor(logits, dtype=torch.float64), torch.tensor(targets)
-    temperature = _fit_temperature(lambda t: class_loss(tensors[0] / t, tensors[1]).item())
+    temperature = fit_temperature(lambda t: score_classes(logits / t, targets)["loss"])
     return {"temperature": temperature, "thresholds": {}}
 
 # %% ../nbs/00n_scores.ipynb #0238ee3b
@@ -166,7 +166,7 @@ def calibrate_labels(
     for k, (column, truth) in enumerate(zip(logits.T, targets.T > 0.5)):
         if FEWEST <= truth.sum() <= len(truth) - FEWEST:
             tensors = torch.tensor(column, dtype=torch.float64), torch.tensor(truth, dtype=torch.float64)
-            temperatures[k] = _fit_temperature(lambda t: label_loss(tensors[0] / t, tensors[1]).item())
+            temperatures[k] = fit_temperature(lambda t: label_loss(tensors[0] / t, tensors[1]).item())
             thresholds[k] = best_threshold(sigmoid(column / temperatures[k]), truth)
     return {"temperature": temperatures, "thresholds": {"labels": thresholds}}
 
