@@ -127,15 +127,23 @@ def seen(home: Path) -> int:
             return 0
 
 
-def other(name: str) -> object:
+def other(name: str, *words: str) -> object:
     """Run another benchmark and take its JSON."""
-    done = subprocess.run([sys.executable, str(ROOT / f"benchmarks/{name}.py")], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout[done.stdout.index("{"):])
+
+
+def faults() -> dict[str, object]:
+    """Plant near-duplicates and wrong labels and look for them."""
+    train = str(INTEL / "train")
+    return {"near_duplicates": other("faults", "twins", str(INTEL)), "mislabels": other("faults", "mislabels", train)}
 
 
 def main(words: list[str]) -> None:
     """Run the chosen parts."""
-    parts = {"scan": scan, "grow": grow, "kill": kill, "cache": lambda: other("cache"), "faults": lambda: other("faults")}
+    parts = {"scan": scan, "grow": grow, "kill": kill, "cache": lambda: other("cache", str(INTEL / "train")),
+             "faults": faults}
     print(json.dumps({name: parts[name]() for name in words or parts}, indent=2))
 
 

@@ -16,7 +16,6 @@ import json
 import resource
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,11 @@ import pandas as pd
 from PIL import Image
 
 from automl_cv.cache import cache_key, decode_rows
-from automl_cv.data import encode_targets, scan, set_copies_aside
-from automl_cv.facts import describe
-from automl_cv.pixels import DATASET, Policy, decode
+from automl_cv.copies import set_copies_aside
+from automl_cv.data import encode_targets
+from automl_cv.pixels import Policy, decode
 from automl_cv.review import out_of_fold, project, rank_mislabels, review_features
+from automl_cv.scan import scan
 from automl_cv.sources import open_source
 from automl_cv.twins import find_pairs, group_pairs
 
@@ -56,11 +56,6 @@ def read_manifest(url: str) -> tuple[pd.DataFrame, dict]:
     """Scan a source, copies set aside, and return its items by name too."""
     source = open_source(url)
     manifest, items = set_copies_aside(scan(source)), source.by_name()
-    if "thumb" not in manifest:
-        used = manifest[manifest.status == "used"]
-        with ThreadPoolExecutor(4) as pool:
-            facts = pool.map(lambda path: describe(decode(items[path].read(), 64, DATASET)[0]), used.path)
-            manifest = manifest.join(pd.DataFrame(list(facts), index=used.index))
     return manifest, items
 
 

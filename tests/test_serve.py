@@ -207,5 +207,7 @@ def test_corpus(client, tmp_path):
             reply = client.post("/predict", files={"file": (row["case"], data)})
             found[row["case"]] = (reply.status_code, reply.json().get("code", ""))
             expected[row["case"]] = (int(row["predict_status"]), row["predict_code"])
+    if "59_heic.heic" in expected and importlib.util.find_spec("pillow_heif"):
+        expected["59_heic.heic"] = (200, "")  # as the table's last column says of the extra
     assert len(expected) >= 60
     assert found == expected
