@@ -18,7 +18,7 @@ $(READY): settings.ini setup.py constraints.txt
 demo: $(READY)
 	@rm -rf outputs/runs/demo
 	@$(BIN)/automl-cv run demo:200 --out outputs/runs/demo --backbone small_cnn --scratch --size 64 \
-		--batch-size 32 --time none --trials 4 --max-epochs 8 --name demo
+		--batch-size 32 --time none --trials 4 --max-epochs 16 --name demo
 
 test: $(READY)
 	@$(BIN)/python tests/notebooks.py
