@@ -1,4 +1,5 @@
 """What several test files share: a bundle, plain pictures, and the real service in a process of its own."""
+import importlib.util
 import io
 import os
 import socket
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import pytest
 from PIL import Image
 
 MODULE = ("-m", "automl_cv.serve")
+CORPUS = Path(__file__).resolve().parents[2] / "shared/corpus"
 
 
 @dataclass
@@ -112,3 +115,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def free() -> int:
     """Return a TCP port that nobody uses."""
     return free_port()
+
+
+@pytest.fixture(scope="session")
+def maker() -> ModuleType:
+    """Return the generator of the corpus of bad inputs."""
+    spec = importlib.util.spec_from_file_location("make_corpus", CORPUS / "make_corpus.py")
+    maker = importlib.util.module_from_spec(spec)
+    sys.modules["make_corpus"] = maker  # dataclasses look their module up
+    spec.loader.exec_module(maker)
+    return maker

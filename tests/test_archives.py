@@ -2,7 +2,6 @@
 import bz2
 import csv
 import gzip
-import importlib.util
 import io
 import json
 import lzma
@@ -41,12 +40,8 @@ def expected(kind, start=""):
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def corpus(maker, tmp_path_factory):
     """Write the corpus' archives and its data sets with tables."""
-    spec = importlib.util.spec_from_file_location("make_corpus", CORPUS / "make_corpus.py")
-    maker = importlib.util.module_from_spec(spec)
-    sys.modules["make_corpus"] = maker  # dataclasses look their module up
-    spec.loader.exec_module(maker)
     out = tmp_path_factory.mktemp("corpus")
     for name, make in maker.ARCHIVES.items():
         maker.write_file(out / name, make())

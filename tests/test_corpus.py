@@ -1,8 +1,6 @@
 """The corpus of bad inputs: every archive, every folder and every picture as a file of a data set."""
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,12 +23,8 @@ def rows(kind):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def corpus(maker, tmp_path_factory):
     """Let the corpus' own generator write it."""
-    spec = importlib.util.spec_from_file_location("make_corpus", CORPUS / "make_corpus.py")
-    maker = importlib.util.module_from_spec(spec)
-    sys.modules["make_corpus"] = maker  # dataclasses look their module up
-    spec.loader.exec_module(maker)
     folder = tmp_path_factory.mktemp("corpus") / "all"
     maker.write_corpus(folder)
     return folder

@@ -182,12 +182,8 @@ def test_bad_port_is_one_line():
     assert run.stderr == "wrong_parameter_type: PORT is 'eighty'. Give a number from 1 to 65535.\n"
 
 
-def corpus_images(out):
+def corpus_images(maker, out):
     """Draw the corpus' images with its own generator, and skip the archives and folders."""
-    spec = importlib.util.spec_from_file_location("make_corpus", CORPUS / "make_corpus.py")
-    maker = importlib.util.module_from_spec(spec)
-    sys.modules["make_corpus"] = maker  # dataclasses look their module up
-    spec.loader.exec_module(maker)
     for name, make in maker.IMAGES.items():
         try:
             maker.write_file(out / name, make())
@@ -196,8 +192,8 @@ def corpus_images(out):
 
 
 @pytest.mark.skipif(not CORPUS.exists(), reason=f"THE CORPUS OF BAD INPUTS IS ABSENT: {CORPUS}")
-def test_corpus(client, tmp_path):
-    corpus_images(tmp_path)
+def test_corpus(client, maker, tmp_path):
+    corpus_images(maker, tmp_path)
     with (CORPUS / "expected.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "image"]
     found, expected = {}, {}
