@@ -44,7 +44,12 @@ class Config:
     weight_decay: float = 0.05  # at least 0
     schedule: str = "one_cycle"  # "one_cycle" or "constant"
     label_smoothing: float = 0.05  # 0 to 1
-    strength: float = 0.0  # of augmentation, 0 to 1
+    augmentation: str = "flip"  # "none", "flip", "trivial" (TrivialAugment), "mixup" or "cutmix"
+    strength: float = 0.0  # of crops and colours, 0 to 1
+    balance: str = "none"  # of classes: "none", "weights", "sampling" or "logits" (logit adjustment)
+    scope: str = "all"  # what is trained: "head", "last" (the last stage too) or "all"
+    layer_decay: float = 1.0  # factor on the learning rate from one stage to the one before, above 0, at most 1
+    start_size: int = 0  # side of the first epochs' input, pixels, growing to `size`; 0 for `size` all along
     ema: float = 0.99  # decay of the averaged weights that are judged and shipped; 0 for none
     seed: int = 0  # of initialisation, order and augmentation
 
