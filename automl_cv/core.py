@@ -77,6 +77,8 @@ CODES |= {
     "step_missing": Code(409, 2, "An earlier step has not been run"),
     "below_gate": Code(422, 1, "The model is below the accuracy gate"),
     "interrupted": Code(503, 4, "The run was interrupted"),
+    "no_model_fits": Code(422, 1, "No model keeps the limits"),
+    "diverged": Code(500, 5, "The training diverged"),
     "missing_extra": Code(500, 5, "An optional package is missing"),
 }
 
