@@ -24,6 +24,7 @@ class Rows:
     places: np.ndarray  # int64 [N, 2], the part and the row in it
     side: int  # R, pixels
     key: str  # names the pictures by their content
+    hashes: np.ndarray | None = None  # S64 [N], names each by its file and the way it was decoded; or unknown
 
     def __len__(self) -> int:
         return len(self.places)
@@ -45,7 +46,8 @@ class Rows:
     def take(self, index: np.ndarray, axis: int = 0) -> "Rows":  # int64 [B]; like numpy's, without a copy
         """Choose pictures."""
         key = hash_bytes(f"{self.key} {index.tolist()}".encode())
-        return replace(self, places=self.places[index], key=key)
+        hashes = None if self.hashes is None else self.hashes[index]
+        return replace(self, places=self.places[index], key=key, hashes=hashes)
 
     def crop(self, size: int) -> "Rows":  # size in pixels, at most R
         """Cut the middle squares out."""
@@ -72,7 +74,9 @@ def decode_rows(
     numbers = {block: number for number, block in enumerate(blocks)}
     places = np.array([(numbers[block], row) for block, row in map(found.get, hashes)], np.int64)
     parts = [block.pixels for block in blocks]
-    return Rows(parts, places.reshape(-1, 2), policy.store, cache_key(hashes, policy))
+    folder = store_folder(policy).name
+    names = [hash_bytes(f"{folder} {name}".encode()) for name in hashes]
+    return Rows(parts, places.reshape(-1, 2), policy.store, cache_key(hashes, policy), np.array(names, "S64"))
 
 # %% ../nbs/01a_cache.ipynb #0e240be6
 @dataclass(frozen=True)

@@ -1,9 +1,17 @@
 """Starting weights from a real file: the one way to a pretrained network on a machine without a network."""
+import io
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from automl_cv.models import create_model
+from automl_cv.models import Classifier, create_model, weights_trouble
+from automl_cv.zoo import ZOO
 
 WEIGHTS = Path(__file__).parents[1].parent / "shared" / "weights"
 
@@ -21,3 +29,40 @@ def test_no_weights_anywhere_says_so_once(monkeypatch, tmp_path, capsys):
     models = [create_model("small_cnn", 6) for _ in range(3)]
     assert [model.pretrained for model in models] == [False, False, False]
     assert capsys.readouterr().out.count("TRAINS FROM SCRATCH") == 1
+
+
+def run_onnx(model: Classifier, images: torch.Tensor) -> np.ndarray:
+    """Export a network with the tracing exporter, from a batch of two, and run it."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (images[:2],), file, dynamo=False, opset_version=20, input_names=["images"],
+                          dynamic_axes={"images": {0: "n"}})
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": images.numpy()})[0]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_backbone_loads_a_file_runs_and_exports(name, monkeypatch, tmp_path):
+    if ZOO[name].source == "timm" and not find_spec("timm"):
+        pytest.skip("BACKBONES OF timm ARE NOT TESTED: the extra is absent")
+    made, size = create_model(name, 3, pretrained=False, seed=1).eval(), min(ZOO[name].sizes)
+    save_file({key: value.contiguous() for key, value in made.body.state_dict().items()},
+              tmp_path / f"{name}.safetensors")
+    monkeypatch.setenv("AUTOML_CV_WEIGHTS", str(tmp_path))
+    model = create_model(name, 3, seed=2).eval()
+    assert (model.pretrained, model.origin) == (True, f"file {name}.safetensors")
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8))
+    with torch.inference_mode():
+        features, logits = model.features(images), model(images)
+        assert torch.equal(features, made.features(images))
+    assert features.shape == (3, model.head.in_features)
+    assert np.allclose(run_onnx(model, images), logits.numpy(), atol=1e-3, rtol=1e-3)
+
+
+def test_every_backbone_without_weights_gives_a_reason_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("AUTOML_CV_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    assert [name for name in ZOO if not weights_trouble(name)] == []
+    assert "AUTOML_CV_OFFLINE" in weights_trouble("resnet18")
+    assert weights_trouble("small_cnn") == "this backbone has no pretrained weights"
