@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from .core import AutomlError, Run, hash_file, home, read_json
 
@@ -115,10 +116,15 @@ def tracked_step(
     step: str,  # the step's name
     params: dict[str, Any],  # its parameters
 ) -> Iterator[Record]:
-    """Record a step below its run."""
+    """Record a step below its run, with what the machine does meanwhile."""
     with child(_parent(run), step) as record:
         record.log_params(params)
-        yield record
+        monitor = SystemMetricsMonitor(record.run_id, tracking_uri=tracking_uri())
+        monitor.start()
+        try:
+            yield record
+        finally:
+            monitor.finish()
 
 # %% ../nbs/01f_tracking.ipynb #39f82809
 def _check_copy(client: MlflowClient, source: str) -> None:
