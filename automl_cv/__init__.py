@@ -3,5 +3,5 @@ __version__ = "0.1.0"
 import os
 
 # Read when torch loads its OpenMP library, hence here. Threads that spin while they wait for a core that another
-# process uses stall each other; 01e_learner tells what it costs.
+# process uses stall each other; 01aa_machine tells what it costs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -75,6 +75,7 @@ CODES |= {
     "internal_error": Code(500, 5, "Something went wrong inside"),
     "seal_broken": Code(500, 3, "The test split was changed after it was sealed"),
     "step_missing": Code(409, 2, "An earlier step has not been run"),
+    "diverged": Code(500, 5, "The training diverged"),
     "below_gate": Code(422, 1, "The model is below the accuracy gate"),
     "interrupted": Code(503, 4, "The run was interrupted"),
     "no_model_fits": Code(422, 1, "No model keeps the limits"),

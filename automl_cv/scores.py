@@ -25,20 +25,24 @@ from .tasks import TASKS, log_odds, sigmoid
 # %% ../nbs/00n_scores.ipynb #15bc95f1
 def class_loss(
     logits: Tensor,  # float [N, C]
-    targets: Tensor,  # int64 [N]
+    targets: Tensor,  # int64 [N]; or float [N, C] of shares, where pictures are mixed
     smoothing: float = 0.0,  # share of the truth that is spread over all classes, 0 to 1
-) -> Tensor:  # a number
+    weights: Tensor | None = None,  # float [C], of the classes
+) -> Tensor:  # a number, the mean over pictures
     """Return the cross-entropy of classes."""
-    return functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+    total = functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing, reduction="sum")
+    return total / len(targets)
 
 # %% ../nbs/00n_scores.ipynb #36dfc58d
 def label_loss(
     logits: Tensor,  # float [N, C]
     targets: Tensor,  # float [N, C] of 0 and 1
     smoothing: float = 0.0,  # share of the truth that is spread over yes and no, 0 to 1
+    weights: Tensor | None = None,  # float [C], of each label's yes
 ) -> Tensor:  # a number, the mean over pictures and labels
     """Return the binary cross-entropy of labels."""
-    return functional.binary_cross_entropy_with_logits(logits, targets * (1 - smoothing) + smoothing / 2)
+    soft = targets * (1 - smoothing) + smoothing / 2
+    return functional.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
 
 # %% ../nbs/00n_scores.ipynb #9d03186b
 def wilson(
@@ -174,7 +178,7 @@ def calibrate_labels(
 @dataclass(frozen=True)
 class Judge:
     """How a task is learnt and judged."""
-    loss: Callable[..., Tensor]  # of logits, targets and smoothing
+    loss: Callable[..., Tensor]  # of logits, targets, smoothing and weights
     score: Callable[..., dict[str, Any]]  # of logits, targets and thresholds
     calibrate: Callable[[np.ndarray, np.ndarray], dict[str, Any]]  # on logits and targets
 

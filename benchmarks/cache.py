@@ -22,10 +22,10 @@ import numpy as np
 import pandas as pd
 
 from automl_cv import store
+from automl_cv.batches import plan_batches
 from automl_cv.cache import Rows, decode_rows
 from automl_cv.compat import v2
 from automl_cv.core import hash_file
-from automl_cv.learner import plan_batches
 from automl_cv.pixels import Policy
 from automl_cv.scenes import CLASSES, draw_scene
 from PIL import Image
@@ -75,7 +75,7 @@ def plain_pass(folder: Path, change: Compose) -> None:
 
 
 def read_epoch(pictures: Rows, epoch: int) -> None:
-    """Read every picture once in shuffled batches, as `learner.iterate_batches` does."""
+    """Read every picture once in shuffled batches, as `batches.iterate_batches` does."""
     for index in plan_batches(len(pictures), BATCH, 0, epoch):
         pictures[np.sort(index)]
 

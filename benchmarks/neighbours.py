@@ -16,7 +16,7 @@ import sys
 CHILD = """
 import os, resource, sys, time
 import torch
-from automl_cv.learner import keep_memory
+from automl_cv.machine import keep_memory
 from automl_cv.models import create_model
 if sys.argv[1] == "engine":
     keep_memory()
