@@ -255,14 +255,15 @@ def _judge(training: Training, validation: Images) -> dict[str, Any]:
 
 # %% ../nbs/01e_learner.ipynb #2f40fc9b
 def _fit(training: Training, train: Images, validation: Images | None, save: Callable[[], None],
-         on_epoch: Callable[[dict[str, Any]], None]) -> None:
+         on_epoch: Callable[[Training], None]) -> None:
     while training.losses or (len(training.history) < training.config.epochs and training.progress() < 1):
         entry = {"epoch": len(training.history) + 1} | train_one_epoch(training, train, save)
         entry |= _judge(training, validation) if validation is not None else {}
         training.history.append(entry)
         training.losses, training.seen, training.began = [], 0, training.elapsed
         save()
-        on_epoch(entry)
+        on_epoch(training)
+        training.tick()
 
 # %% ../nbs/01e_learner.ipynb #aa92b347
 def fit(
@@ -272,7 +273,7 @@ def fit(
     classes: int,  # number of classes
     checkpoint: Path | None = None,  # continued where it fits, written while training; None for none
     seconds: float = 0.0,  # time limit of training; 0 for none
-    on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None,  # told after each epoch
+    on_epoch: Callable[[Training], None] = lambda training: None,  # told after each epoch; its time counts
     head: Any = None,  # linear head to start from, with `weight` and `bias`; None for a random one
 ) -> Training:  # finished
     """Train a network. Raises AutomlError interrupted, diverged, out_of_memory; what `on_epoch` raises."""
