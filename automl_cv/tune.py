@@ -11,6 +11,7 @@ __all__ = ['ADAM_LR', 'SGD_FACTOR', 'AUGMENTATIONS', 'BALANCES', 'IMBALANCED', '
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -263,10 +264,12 @@ def draw_study(
     kinds = {"history": plots.plot_optimization_history, "importances": plots.plot_param_importances,
              "parallel_coordinates": plots.plot_parallel_coordinate}
     for name, draw in kinds.items():
-        with pyplot.rc_context():  # Optuna sets a style, which would change the pictures of later steps too
+        with pyplot.rc_context(), warnings.catch_warnings():  # Optuna sets a style, later pictures need none
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*importances will be equal")
             try:
                 draw(study)
-            except (RuntimeError, ValueError):  # importances need two complete trials that differ
+            except (RuntimeError, ValueError, UserWarning):  # too few complete trials that differ
                 continue
             with atomic_path(folder / f"{name}.png") as path:
                 pyplot.savefig(path, format="png", dpi=100, bbox_inches="tight")
