@@ -1,0 +1,169 @@
+"""One study, several processes, two databases: nothing is lost or done twice, and killed workers are replaced."""
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+from automl_cv.core import Run, write_bytes
+from automl_cv.data import run_step as scan_step
+from automl_cv.study import finished_trials, open_study, promote_paused, run_trials
+from conftest import free_port
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+EPOCHS = 9
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """Run a PostgreSQL of our own, not as root, which it refuses, and return the URL of its database."""
+    if not POSTGRES:
+        pytest.skip("NO STUDY IS SHARED ON POSTGRESQL: Debian's postgresql is not installed")
+    pytest.importorskip("psycopg", reason="THE PACKAGE psycopg IS ABSENT")
+    folder, port = Path(tempfile.mkdtemp(prefix="pg-")), free_port()
+    who = {}
+    if os.getuid() == 0:
+        names = {entry.pw_name for entry in pwd.getpwall()}
+        who = {"user": "postgres" if "postgres" in names else "nobody", "group": "nogroup", "extra_groups": []}
+        shutil.chown(folder, who["user"])
+
+    def call(program: str, *words: str) -> None:
+        subprocess.run([POSTGRES[-1] / program, *words], check=True, cwd=folder, stdout=subprocess.DEVNULL, **who)
+
+    call("initdb", "-D", "data", "-U", "search", "-A", "trust", "--no-sync")
+    call("pg_ctl", "-D", "data", "-w", "-l", "log", "-o",
+         f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off", "start")
+    try:
+        yield f"postgresql://search@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "-D", "data", "-m", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of a database, of each kind in turn."""
+    return f"sqlite:///{tmp_path}/optuna.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
+
+
+def work(folder: str, url: str, wanted: str, pace: str, host: str = "") -> None:
+    """Be a worker: `train` by counting to nine, with a checkpoint and a line in the log for each epoch."""
+    study = open_study(Run(Path(folder)), url, heartbeat=1)
+
+    def objective(trial: optuna.Trial) -> float:
+        if host:  # as if this process ran on another machine
+            trial.set_user_attr("owner", [host, os.getpid()])
+        x = trial.suggest_float("x", 0, 1)
+        trial.set_user_attr("epochs", EPOCHS)
+        checkpoint = Path(folder, f"{x!r}.txt")
+        for epoch in range(int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1, EPOCHS + 1):
+            with Path(folder, "log").open("a") as log:
+                log.write(f"{x!r} {epoch} {os.getpid()}\n")
+            time.sleep(float(pace))
+            write_bytes(checkpoint, str(epoch).encode())
+            trial.report(x * epoch, epoch)
+            if trial.should_prune():
+                trial.set_user_attr("paused", epoch)
+                raise optuna.TrialPruned
+        return x
+
+    run_trials(study, objective, int(wanted), lambda: promote_paused(study) or True)
+
+
+def start(folder: Path, *words: object) -> subprocess.Popen[bytes]:
+    """Start a worker."""
+    env = os.environ | {"AUTOML_CV_HOME": str(folder)}
+    return subprocess.Popen([sys.executable, __file__, str(folder), *map(str, words)], env=env)
+
+
+def read_log(folder: Path) -> list[tuple[str, int, int]]:
+    """Return what was trained: configuration, epoch, process."""
+    lines = (folder / "log").read_text().split("\n")[:-1] if (folder / "log").exists() else []
+    return [(x, int(epoch), int(pid)) for x, epoch, pid in map(str.split, lines)]
+
+
+def kill_in_training(folder: Path, worker: subprocess.Popen[bytes], beside: int = 0) -> str:
+    """Kill a worker in the middle of a trial, and return the trial's configuration."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        mine = [x for x, _, pid in read_log(folder) if pid == worker.pid]
+        if mine and len({pid for _, _, pid in read_log(folder)}) > beside:
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+            return [x for x, _, pid in read_log(folder) if pid == worker.pid][-1]
+        time.sleep(0.01)
+    raise AssertionError("the worker never came to train")
+
+
+def check(folder: Path, url: str, wanted: int, killed: list[str]) -> optuna.Study:
+    """Check that every configuration was finished once, and that only what a kill cut off was done again."""
+    study = open_study(Run(folder), url)
+    done = finished_trials(study)
+    assert len(done) == wanted == len({trial.params["x"] for trial in done})
+    assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    finals = {repr(trial.params["x"]) for trial in done}
+    assert set(killed) <= finals
+    times = Counter((x, epoch) for x, epoch, _ in read_log(folder))
+    assert {x for x, _ in times} == finals
+    again = [x for (x, _), count in times.items() if count > 1]
+    assert len(again) <= len(killed) and set(again) <= set(killed) and max(times.values()) <= 2
+    complete = [repr(trial.params["x"]) for trial in done if trial.state.name == "COMPLETE"]
+    assert complete and all((x, epoch) in times for x in complete for epoch in range(1, EPOCHS + 1))
+    return study
+
+
+def test_workers_that_race_finish_exactly_what_is_wanted(tmp_path, url):
+    workers = [start(tmp_path, url, 14, 0.0) for _ in range(4)]
+    assert [worker.wait(120) for worker in workers] == [0, 0, 0, 0]
+    check(tmp_path, url, 14, [])
+    assert len({pid for _, _, pid in read_log(tmp_path)}) > 1
+
+
+def test_killed_workers_lose_nothing(tmp_path, url):
+    workers = [start(tmp_path, url, 8, 0.1) for _ in range(3)]
+    killed = [kill_in_training(tmp_path, worker, beside=1) for worker in workers[:2]]
+    workers.append(start(tmp_path, url, 8, 0.1))
+    assert [worker.wait(120) for worker in workers[2:]] == [0, 0]
+    study = check(tmp_path, url, 8, killed)
+    assert {repr(trial.params["x"]) for trial in study.trials if trial.state.name == "FAIL"} == set(killed)
+
+
+def test_worker_of_another_machine_is_missed_by_its_heartbeat(tmp_path, url):
+    far = start(tmp_path, url, 3, 0.2, "elsewhere")
+    killed = kill_in_training(tmp_path, far)
+    assert start(tmp_path, url, 3, 0.0).wait(120) == 0
+    check(tmp_path, url, 3, [killed])
+
+
+def test_step_is_finished_by_the_worker_that_is_left(tmp_path, postgres):
+    folder, env = tmp_path / "runs/shared", os.environ | {"AUTOML_CV_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    os.environ["AUTOML_CV_HOME"], old = str(tmp_path), os.environ.get("AUTOML_CV_HOME")
+    try:
+        scan_step(str(folder), "demo:10")
+    finally:
+        os.environ.pop("AUTOML_CV_HOME") if old is None else os.environ.update(AUTOML_CV_HOME=old)
+    code = f"from automl_cv.tune import run_step; run_step({str(folder)!r}, trials=4, max_epochs=3, storage={postgres!r})"
+    first = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE)
+    assert any("trial 0 epoch 1/3" in line for line in first.stdout)
+    second = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE)
+    assert any("epoch" in line for line in second.stdout)
+    first.kill()
+    first.wait()
+    assert second.communicate(timeout=200)[0] is not None and second.returncode == 0
+    study = open_study(Run(folder), postgres)
+    assert len(finished_trials(study)) == 4
+    found = Run(folder).read("tune")
+    assert sum(found["trials"].values()) == 4 and found["config"] == study.best_trial.user_attrs["config"]
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
