@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from .core import AutomlError, hash_file, read_json
+from .outliers import load_outliers
 from .pixels import DATASET, UPLOAD, Limits, Policy, centre_crop, decode, to_square
 from .tasks import TASKS
 
@@ -66,14 +67,19 @@ class Prediction:
     probabilities: np.ndarray  # float32 [C], sums to 1 where a picture has one class
     notes: tuple[str, ...] = ()  # what was done to the picture, in plain words
     labels: dict[str, float] | None = None  # labels found, in the order of classes, and their probabilities
+    uncertain: bool | None = None  # whether to distrust it; None where the bundle has no thresholds for that
+    reason: str = ""  # "low_confidence", "unlike_training", or nothing
+    outlier: float | None = None  # distance to the training pictures; None where the bundle does not know them
 
     def answer(self) -> dict[str, Any]:
-        """Return the fields that every caller gets: three, and `labels` where there may be several."""
-        best = {"label": self.label, "confidence": round(self.confidence, 6), "class_index": self.class_index}
-        if self.labels is None:
-            return best
-        return best | {"labels": [{"label": name, "probability": round(share, 6)}
-                                  for name, share in self.labels.items()]}
+        """Return the fields that every caller gets: three, and those that the bundle knows."""
+        found = {"label": self.label, "confidence": round(self.confidence, 6), "class_index": self.class_index}
+        if self.labels is not None:
+            found["labels"] = [{"label": name, "probability": round(share, 6)}
+                               for name, share in self.labels.items()]
+        if self.uncertain is not None:
+            found |= {"uncertain": self.uncertain, "reason": self.reason}
+        return found if self.outlier is None else found | {"outlier": round(self.outlier, 4)}
 
 # %% ../nbs/04a_predict.ipynb #d8ef0e8a
 class Predictor:
@@ -83,19 +89,30 @@ class Predictor:
         self,
         folder: Path,  # a bundle
         threads: int = 1,  # threads inside one call of the graph
+        precision: str = "fp32",  # or "int8", where the bundle has that
     ):
-        self.info = read_bundle(folder)
+        self.info, folder = read_bundle(folder), Path(folder)
         self.classes: list[str] = self.info["classes"]
         self.policy, self.task = Policy(**self.info["policy"]), TASKS[self.info["task"]]
         self.thresholds = self.info["thresholds"].get("labels", 0.5)  # one per label
-        self.version: str = self.info["files"]["model.onnx"][:12]
-        self.session = open_session(Path(folder) / "model.onnx", threads)
-        check_golden(self, Path(folder) / "golden.npz")
+        self.abstain, self.alarm = (self.info["thresholds"].get(name) for name in ("abstain", "ood"))
+        self.outliers = None if self.alarm is None else load_outliers(folder / "ood.npz")
+        self.precision = precision if self.info.get("int8", {}).get("passed") else "fp32"
+        graph = "model.int8.onnx" if self.precision == "int8" else "model.onnx"
+        self.version: str = self.info["files"][graph][:12]
+        self.session = open_session(folder / graph, threads)
+        check_golden(self, folder / "golden.npz")
+
+    def ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Run the graph: uint8 [N, S, S, 3] to probabilities, float32 [N, C], and outlier scores [N] or None."""
+        wanted = ["logits"] if self.outliers is None else ["logits", "features"]
+        logits, *features = self.session.run(wanted, {"images": images})
+        probabilities = self.task.probabilities(logits / np.float32(self.info["temperature"]))
+        return probabilities, self.outliers.score(features[0]) if self.outliers else None
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:  # uint8 [N, S, S, 3] to float32 [N, C]
-        """Run the graph and turn its logits into calibrated probabilities."""
-        logits = self.session.run(None, {"images": images})[0]
-        return self.task.probabilities(logits / np.float32(self.info["temperature"]))
+        """Return the calibrated probabilities alone."""
+        return self.ask(images)[0]
 
     def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
         """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
@@ -105,14 +122,24 @@ class Predictor:
     def predict(self, data: bytes, limits: Limits = UPLOAD) -> Prediction:
         """Classify one picture. Raises AutomlError."""
         image, notes = self.decode(data, limits)
-        return self._answer(self.probabilities(image[None])[0], notes)
+        probabilities, scores = self.ask(image[None])
+        return self._answer(probabilities[0], notes, None if scores is None else float(scores[0]))
 
-    def _answer(self, row: np.ndarray, notes: list[str]) -> Prediction:
+    def _answer(self, row: np.ndarray, notes: list[str], outlier: float | None) -> Prediction:
         best, labels = int(row.argmax()), None
         if not self.task.exclusive:
             found = self.task.decide(row, self.thresholds).nonzero()[0]
             labels = {self.classes[i]: float(row[i]) for i in found}
-        return Prediction(self.classes[best], float(row[best]), best, row, tuple(notes), labels)
+        reason = self._doubt(row, outlier)
+        uncertain = None if self.abstain is None and self.alarm is None else bool(reason)
+        return Prediction(self.classes[best], float(row[best]), best, row, tuple(notes), labels,
+                          uncertain, reason, outlier)
+
+    def _doubt(self, row: np.ndarray, outlier: float | None) -> str:
+        if outlier is not None and outlier > self.alarm:
+            return "unlike_training"
+        low = self.abstain is not None and self.task.confidence(row[None], self.thresholds)[0] < self.abstain
+        return "low_confidence" if low else ""
 
 # %% ../nbs/04a_predict.ipynb #08b9df8d
 GOLDEN_TOLERANCE = 0.02  # largest accepted difference in probability
@@ -124,7 +151,7 @@ def check_golden(
 ) -> float:  # the largest difference in probability
     """Ask a model the questions whose answers its bundle holds. Raises AutomlError bundle_damaged."""
     with np.load(path, allow_pickle=False) as golden:
-        expected = golden["probabilities"]
+        expected = golden["int8" if predictor.precision == "int8" else "probabilities"]
         images = [predictor.decode(golden[f"image_{i}"].tobytes())[0] for i in range(len(expected))]
     worst = float(np.abs(predictor.probabilities(np.stack(images)) - expected).max())
     if not worst <= GOLDEN_TOLERANCE:
