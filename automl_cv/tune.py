@@ -136,27 +136,34 @@ class Search:
     record: Record  # the step's, parent of the trials'
     space: str = "standard"  # a key of `SPACES`
     head: Any = None  # a linear probe with weight and bias that networks start from; None for a random start
+    metric: str = ""  # what trials are compared by, a key of champion.METRICS; empty takes the task's
+    offer: Callable[[str, Training], Any] = lambda name, training: None  # told of each finished trial
+
+    def worth(self, figures: dict[str, Any]) -> float:  # of an epoch or a trial
+        """Return the figure that trials are compared by."""
+        return worth(judged_by(figures, self.metric))
 
     def checkpoint(self, config: Config) -> Path:  # of a trial
         """Name a configuration's checkpoint."""
         return self.run.path / "trials" / f"{config.key()}.pt"
 
 # %% ../nbs/03_tune.ipynb #d7942288
-def _on_epoch(trial: Trial, record: Record, config: Config,
-              past: list[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+def _on_epoch(search: Search, trial: Trial, record: Record,
+              past: list[dict[str, Any]]) -> Callable[[Training], None]:
     history: list[dict[str, Any]] = []
     started, before = time.monotonic(), past[-1]["elapsed"] if past else 0.0
 
-    def tell(entry: dict[str, Any]) -> None:
+    def tell(training: Training) -> None:
+        entry, config = training.history[-1], training.config
         epoch = entry["epoch"]
         for old in past[:epoch - 1 if not history else 0]:
             history.append(old)
-            trial.report(headline(old), old["epoch"])
+            trial.report(search.worth(old), old["epoch"])
         if not math.isfinite(entry["train_loss"]):
             raise optuna.TrialPruned(f"diverged: the loss of epoch {epoch} is {entry['train_loss']}")
         history.append(entry | {"elapsed": before + time.monotonic() - started})
         trial.set_user_attr("history", history)
-        trial.report(headline(entry), epoch)
+        trial.report(search.worth(entry), epoch)
         record.log_metrics(entry, step=epoch)
         say(f"  trial {trial.number} epoch {epoch}/{config.epochs}: validation "
             f"{TASKS[config.task].title} {100 * headline(entry):.1f} %")
@@ -174,7 +181,7 @@ def _train(search: Search, trial: Trial, config: Config, seconds: float, record:
     head = {} if search.head is None else {"head": search.head}
     try:
         return fit(config, search.train, search.validation, search.classes, checkpoint, limit,
-                   _on_epoch(trial, record, config, past), **head)
+                   _on_epoch(search, trial, record, past), **head)
     except AutomlError as error:
         if error.code != "diverged":
             raise
@@ -185,7 +192,8 @@ def _leave_scores(search: Search, trial: Trial, training: Training) -> float:
     judge, answers = JUDGES[training.config.task], (training.logits, search.validation.targets)
     trial.set_user_attr("scores", found := judge.score(*answers))
     trial.set_user_attr("calibration", judge.calibrate(*answers))
-    return headline(found)
+    search.offer(f"trial {trial.number}", training)
+    return search.worth(found)
 
 # %% ../nbs/03_tune.ipynb #ec8c83e6
 def run_trial(
@@ -308,6 +316,11 @@ def run_step(
     trial_share: float = 1.0,  # share of the training pictures that trials see, above 0, at most 1
     seconds: float = 0.0,  # time limit of the search; 0 for none
     storage: str = "",  # Optuna storage URL; empty is a SQLite file in the workspace
+    metric: str = "",  # what trials are compared by, a key of champion.METRICS; empty takes the task's
+    max_milliseconds: float = 0.0,  # CPU time per picture that a model may take; 0 for no limit
+    max_megabytes: float = 0.0,  # that a model may have; 0 for no limit
+    target_accuracy: float = 0.99,  # of the answers that a model does not abstain from
+    name: str = "automl_cv",  # of the registered model
     seed: int = 0,  # of the sampler, initialisation, order and augmentation
 ) -> dict[str, Any]:  # the content of tune.json
     """Search the best configuration on validation pictures, going on where it stopped. Raises AutomlError."""
