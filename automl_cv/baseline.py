@@ -7,7 +7,6 @@ __all__ = ['SMALL', 'majority_logits', 'thumbnails', 'probe_pixels', 'affordable
            'standard_config', 'original_config', 'run_step']
 
 # %% ../nbs/02_baseline.ipynb #726f8adf
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from PIL import Image
 from .cache import Images, load_images
 from .core import Run, say
 from .data import open_step, read_split
-from .features import extract_features, feature_bank, linear_probe
+from .features import engine_speeds, feature_bank, linear_probe
 from .learner import Config, Training, fit
 from .models import Classifier, create_model
 from .scores import JUDGES
@@ -60,16 +59,14 @@ def probe_pixels(
 # %% ../nbs/02_baseline.ipynb #765abd6b
 def affordable(
     model: Classifier,  # its body is used
-    images: np.ndarray,  # uint8 [N, S, S, 3]
+    count: int,  # N pictures
+    size: int,  # side of the network's input, pixels
     seconds: float,  # time that may be spent; 0 for no limit
 ) -> int:  # at most N
-    """Measure how many pictures a frozen backbone can see in some time."""
+    """Tell how many of the pictures a frozen backbone can see in some time."""
     if not seconds:
-        return len(images)
-    extract_features(model, images[:64])  # the first batch pays for memory and is not representative
-    started = time.monotonic()
-    extract_features(model, images[:64])
-    return min(len(images), max(64, int(64 * seconds / (time.monotonic() - started))))
+        return count
+    return min(count, max(64, int(seconds * max(engine_speeds(model, size).values()))))
 
 # %% ../nbs/02_baseline.ipynb #4cf43aaa
 def probe_features(
@@ -80,8 +77,8 @@ def probe_features(
     seconds: float = 0.0,  # time limit of the extraction; 0 for none
 ) -> tuple[np.ndarray, int]:  # float64 [N, classes], and the number of training pictures that were used
     """Fit a linear model to frozen features and answer the validation pictures."""
-    train = train.sample(affordable(model, train.at(size), seconds))
-    banks = [feature_bank(model, images.at(size), images.key) for images in (train, validation)]
+    train = train.sample(affordable(model, len(train), size, seconds))
+    banks = [feature_bank(model, images, size) for images in (train, validation)]
     return linear_probe(banks[0], train.targets, model.head.out_features).logits(banks[1]), len(train)
 
 # %% ../nbs/02_baseline.ipynb #9a91cd59
@@ -95,7 +92,7 @@ def probe_folds(
     size: int,  # side of the network's input, pixels
 ) -> np.ndarray:  # float64 [N, classes], logits out of fold
     """Let linear models answer pictures that they were not fitted to."""
-    bank = np.asarray(feature_bank(model, images.at(size), images.key))
+    bank = feature_bank(model, images, size)
     logits = np.zeros((len(images), model.head.out_features))
     for fold in np.unique(folds):
         asked = folds == fold

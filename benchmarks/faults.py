@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from automl_cv.cache import cache_key, decode_rows
+from automl_cv.cache import Images, decode_rows
 from automl_cv.copies import set_copies_aside
 from automl_cv.data import encode_targets
 from automl_cv.pixels import Policy, decode
@@ -115,9 +115,9 @@ def measure_mislabels(url: str, size: int, backbone: str, seeds: int) -> dict:
     """Give 5 % of the pictures a wrong label and look for them."""
     manifest = set_copies_aside(scan(open_source(url)))
     rows, policy = manifest[manifest.status == "used"].reset_index(drop=True), Policy(size, size)
-    images, classes = decode_rows(url, rows, policy), sorted(set(rows.label))
+    images, classes = Images(decode_rows(url, rows, policy), np.zeros(len(rows))), sorted(set(rows.label))
     started = time.monotonic()
-    features, weak = review_features(images, cache_key(list(rows.sha256), policy), backbone)
+    features, weak = review_features(images, backbone)
     extraction, results, points = time.monotonic() - started, [], project(features)
     for seed in range(seeds):
         random, targets = np.random.default_rng(seed), encode_targets(rows.label, classes).copy()
