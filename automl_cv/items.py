@@ -12,6 +12,7 @@ import stat
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from .core import is_system
@@ -125,13 +126,18 @@ def why_ignored(
     return "system_file" if is_system(name) else ""
 
 # %% ../nbs/00c_items.ipynb #57735451
-def _walk(folder: Path) -> Iterator[os.DirEntry]:
+def _walk(folder: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
             if entry.is_dir(follow_symlinks=False) and os.access(entry.path, os.R_OK | os.X_OK):
-                yield from _walk(Path(entry.path))
+                yield from _walk(entry.path, f"{prefix}{entry.name}/")
             else:
-                yield entry
+                yield prefix + entry.name, entry
+
+# %% ../nbs/00c_items.ipynb #2111a58b
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 # %% ../nbs/00c_items.ipynb #8c50ac4b
 def open_folder(
@@ -139,11 +145,10 @@ def open_folder(
 ) -> list[Item]:  # in the order of their names
     """List every file, link, pipe and socket below a folder."""
     items = []
-    for entry in _walk(folder):
-        name = Path(entry.path).relative_to(folder).as_posix()
+    for name, entry in _walk(str(folder)):
         found = entry.stat(follow_symlinks=False)
-        read = Path(entry.path).read_bytes
         why = why_ignored(name, found.st_mode)
-        items.append(Item(name, read, size=found.st_size, stamp=f"{found.st_size}-{found.st_mtime_ns}",
+        items.append(Item(name, partial(_read, entry.path), size=found.st_size,
+                          stamp=f"{found.st_size}-{found.st_mtime_ns}",
                           status="ignored" if why else "", reason=why))
     return items

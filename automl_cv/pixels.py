@@ -169,17 +169,23 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 # %% ../nbs/00a_pixels.ipynb #0f13c592
+VERSION = 2  # of the policy; a bundle names the version that it was trained with
+
+# %% ../nbs/00a_pixels.ipynb #48c916ab
 def to_square(
     image: Image.Image,  # RGB, any size
     size: int,  # side of the result, pixels
     fit: str = "crop",  # "crop" or "squash"
+    version: int = VERSION,  # of the policy
 ) -> np.ndarray:  # RGB uint8 [size, size, 3]
-    """Resize a picture to a square with an antialiased cubic filter."""
+    """Resize a picture to a square, cubic where a side shrinks, else as the version says."""
     width, height = image.size
     side = min(width, height)
     left, top = ((width - side) / 2, (height - side) / 2) if fit == "crop" else (0.0, 0.0)
     box = (left, top, width - left, height - top)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    linear = version > 1 and size > max(box[2] - left, box[3] - top)
+    kind = Image.Resampling.BILINEAR if linear else Image.Resampling.BICUBIC
+    return np.asarray(image.resize((size, size), kind, box=box))
 
 # %% ../nbs/00a_pixels.ipynb #d7519fda
 def decode(
@@ -201,9 +207,6 @@ def decode(
         raise AutomlError("damaged_image", "The picture opens, but its pixels cannot be read.",
                           "Send another copy.") from None
     return (image.transpose(turn) if turn is not None else image), notes
-
-# %% ../nbs/00a_pixels.ipynb #81f3bbe5
-VERSION = 1  # of the policy; a bundle names the version that it was trained with
 
 # %% ../nbs/00a_pixels.ipynb #9200a518
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def stored(
     limits: Limits = UPLOAD,  # what is allowed
 ) -> np.ndarray:  # RGB uint8 [policy.store, policy.store, 3]
     """Decode a picture to the square that training crops from. Raises AutomlError."""
-    return to_square(decode(data, policy.store, limits)[0], policy.store, policy.fit)
+    return to_square(decode(data, policy.store, limits)[0], policy.store, policy.fit, policy.version)
 
 # %% ../nbs/00a_pixels.ipynb #10920a90
 def pixels(

@@ -116,8 +116,9 @@ class Predictor:
 
     def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
         """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
-        image, notes = decode(data, self.policy.store, limits)
-        return centre_crop(to_square(image, self.policy.store, self.policy.fit), self.policy.size), notes
+        policy, (image, notes) = self.policy, decode(data, self.policy.store, limits)
+        square = to_square(image, policy.store, policy.fit, policy.version)
+        return centre_crop(square, policy.size), notes
 
     def predict(self, data: bytes, limits: Limits = UPLOAD) -> Prediction:
         """Classify one picture. Raises AutomlError."""

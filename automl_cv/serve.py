@@ -151,7 +151,7 @@ async def ready(
 FACTS = ("name", "task", "classes", "thresholds", "backbone", "pretrained", "policy", "metrics", "created")
 MODEL = {"name": "scenes", "task": "classification", "classes": ["forest", "mountain"], "thresholds": {},
          "backbone": "resnet18", "pretrained": True, "metrics": {"metric": "accuracy", "accuracy": 0.93},
-         "policy": {"size": 160, "store": 176, "fit": "crop", "version": 1},
+         "policy": {"size": 160, "store": 176, "fit": "crop", "version": 2},
          "created": "2026-01-31T12:00:00+00:00", "version": "0f343b093112", "limits": asdict(UPLOAD)}
 
 # %% ../nbs/06_serve.ipynb #48ab90ae

@@ -127,9 +127,9 @@ def _decode(source: str, missing: dict[str, str], folder: Path, policy: Policy) 
         raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", "Run step 1 again.")
     jobs = iter([(items[name], sha256) for sha256, name in missing.items()])
     blocks = _write_blocks(folder, jobs, policy, max(os.cpu_count() or 1, opened.readers))
-    places = ((block, row) for block in blocks for row in range(len(block.records)))
-    return {block.records["sha256"][row].decode(): (block, row)
-            for block, row in track(places, "decoding pictures", len(missing))}
+    places = ((name.decode(), (block, row)) for block in blocks
+              for row, name in enumerate(block.records["sha256"].tolist()))
+    return dict(track(places, "decoding pictures", len(missing)))
 
 # %% ../nbs/00m_store.ipynb #86723999
 def _lock(file: TextIO) -> bool:
@@ -180,10 +180,10 @@ def _open_store(folder: Path, side: int) -> list[Block]:
 # %% ../nbs/00m_store.ipynb #3c3f2320
 def _search(block: Block, wanted: set[str]) -> dict[str, Place]:
     check_stop()
-    names = block.records["sha256"].astype(str).tolist()
-    rows = [row for row, name in enumerate(names) if name in wanted]
-    for row in rows:
-        if not block.checked[row] and zlib.crc32(block.pixels[row]) != block.records["crc32"][row]:
+    names = [name.decode() for name in block.records["sha256"].tolist()]
+    rows, sums = [row for row, name in enumerate(names) if name in wanted], block.records["crc32"].tolist()
+    for row in [row for row in rows if not block.checked[row]]:
+        if zlib.crc32(block.pixels[row]) != sums[row]:
             say(f"  the cache had a damaged picture; {len(names)} are thrown away")
             _drop(block.path)
             return {}
