@@ -27,7 +27,7 @@ from .items import SEPARATOR, split_labels
 from .models import Classifier, create_model
 from .pixels import Policy
 from .sources import open_source
-from .splits import join_groups
+from .twins import join_groups
 
 # %% ../nbs/01d_review.ipynb #8ad808f5
 class BothWays(torch.nn.Module):
@@ -185,11 +185,6 @@ def find_ambiguous(
 _WEAK = "WRONG LABELS WERE SOUGHT BY COLOURS AND EDGES ONLY, and many were missed"
 
 # %% ../nbs/01d_review.ipynb #f61aaa65
-def _numbered(groups: pd.Series) -> np.ndarray:  # "" means a group of its own
-    alone = pd.Series([f"\0{i}" for i in range(len(groups))], index=groups.index)
-    return groups.where(groups != "", alone).factorize()[0]
-
-# %% ../nbs/01d_review.ipynb #55073706
 def review(
     source: str,  # as given to `open_source`
     manifest: pd.DataFrame,  # one row per file; `group` names what belongs together, "" for nothing
@@ -202,7 +197,7 @@ def review(
     if task == "classification":
         rows = rows[rows.label.map(rows.label.value_counts()) >= FOLDS]
     classes = sorted({name for label in rows.label for name in split_labels(label, task)}, key=natural_key)
-    groups = _numbered(rows.group)
+    groups = join_groups(rows.group)
     if len(classes) < 2 or len(set(groups)) < 2:
         return []
     images = decode_rows(source, rows, policy)
