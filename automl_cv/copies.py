@@ -14,11 +14,10 @@ import pandas as pd
 from .audit import Finding, judged
 from .core import hash_bytes, home, read_json, write_json
 from .items import Source
-from .splits import join_groups
-from .twins import find_twins
+from .twins import find_twins, join_groups
 
 # %% ../nbs/00p_copies.ipynb #25dbb2f5
-VERSION = 1  # of the search for near-duplicates; older results are not used
+VERSION = 2  # of the search for near-duplicates; older results are not used
 FIXES = ("duplicates", "conflicts")  # what `set_copies_aside` does unless it is told otherwise
 _ORDER = {"test": 0, "validation": 1, "train": 2, "": 3}
 

@@ -21,6 +21,7 @@ from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
 from .core import AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say
 from .fixes import apply_fixes, apply_review, findings_table, read_review, write_review
 from .items import Source, split_labels
+from .remote import is_address
 from .report import count_classes, write_report
 from .scan import scan
 from .sources import open_source
@@ -217,8 +218,9 @@ def keep_frame(
 ) -> str:  # a source for `run_step`
     """Write a DataFrame of pictures as a table. Raises AutomlError bad_table."""
     source = open_source(frame, label, group)
-    rows = [{"path": str(Path(item.name).absolute()), "label": item.label, "split": item.split,
-             "group": item.group} for item in source.items]
+    paths = [i.name if is_address(i.name) else str(Path(i.name).absolute()) for i in source.items]
+    rows = [{"path": path, "label": item.label, "split": item.split, "group": item.group}
+            for path, item in zip(paths, source.items)]
     with atomic_path(run.path / "source.parquet") as path:
         pd.DataFrame(rows).to_parquet(path, index=False)
     return str(run.path / "source.parquet")

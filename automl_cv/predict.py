@@ -34,12 +34,16 @@ def read_bundle(
     try:
         info = read_json(folder / "model.json")
         wrong = [name for name, digest in info["files"].items() if hash_file(folder / name) != digest]
+        known = info["task"] in TASKS
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise AutomlError("bundle_damaged", "The bundle is incomplete or its model.json is broken.",
                           "Export it again or copy it again.") from None
     if wrong:
         raise AutomlError("bundle_damaged", f"The bundle's {wrong[0]} is not the file that was exported.",
                           "Export it again or copy it again.")
+    if not known:
+        raise AutomlError("bundle_damaged", f"The bundle's task {info['task']!r} is unknown.",
+                          "Export it again, or install the automl_cv that made it.")
     return info
 
 # %% ../nbs/04a_predict.ipynb #afda557c

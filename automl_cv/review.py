@@ -26,7 +26,7 @@ from .items import SEPARATOR, split_labels
 from .models import create_model
 from .pixels import Policy
 from .sources import open_source
-from .splits import join_groups
+from .twins import join_groups
 
 # %% ../nbs/01d_review.ipynb #6ff5f5e5
 def _colours_and_edges(image: np.ndarray) -> np.ndarray:  # uint8 [S, S, 3] to float [640]
@@ -172,11 +172,6 @@ def find_ambiguous(
 _WEAK = "WRONG LABELS WERE SOUGHT BY COLOURS AND EDGES ONLY, and many were missed"
 
 # %% ../nbs/01d_review.ipynb #f61aaa65
-def _numbered(groups: pd.Series) -> np.ndarray:  # "" means a group of its own
-    alone = pd.Series([f"\0{i}" for i in range(len(groups))], index=groups.index)
-    return groups.where(groups != "", alone).factorize()[0]
-
-# %% ../nbs/01d_review.ipynb #55073706
 def review(
     source: str,  # as given to `open_source`
     manifest: pd.DataFrame,  # one row per file; `group` names what belongs together, "" for nothing
@@ -189,7 +184,7 @@ def review(
     if task == "classification":
         rows = rows[rows.label.map(rows.label.value_counts()) >= FOLDS]
     classes = sorted({name for label in rows.label for name in split_labels(label, task)}, key=natural_key)
-    groups = _numbered(rows.group)
+    groups = join_groups(rows.group)
     if len(classes) < 2 or len(set(groups)) < 2:
         return []
     paths, targets = rows.path.to_numpy(), encode_targets(rows.label, classes, task)

@@ -25,7 +25,7 @@ from .archives import open_archive
 from .core import AutomlError, atomic_folder, home, is_system
 from .elements import draw_elements, name_elements
 from .items import SEPARATOR, SPLITS, Item, Source, clean_label, lay_out, open_folder
-from .remote import READERS, fetch_file, is_object, open_remote
+from .remote import READERS, fetch_file, is_address, is_object, open_objects, open_remote
 from .rows import read_table
 from .scenes import CLASSES, draw_scene
 from .tables import Labelled, find_table, label_items, open_frame, open_table
@@ -204,12 +204,16 @@ def _open_archive(url: str, label: str, group: str) -> Source:
     return _sort_out(url, items, label, group, warnings=tuple(warnings))
 
 # %% ../nbs/00h_sources.ipynb #53e5a3a8
-def _open_table(url: str, label: str, group: str) -> Source:
-    return _from_labelled(url, open_table(Path(url).expanduser(), label, group))
+def _from_named(url: str, found: Labelled) -> Source:
+    return _from_labelled(url, found, readers=READERS if any(is_address(i.name) for i in found.items) else 4)
 
 # %% ../nbs/00h_sources.ipynb #ad1ed5b1
+def _open_table(url: str, label: str, group: str) -> Source:
+    return _from_named(url, open_table(Path(url).expanduser(), label, group, open_objects))
+
+# %% ../nbs/00h_sources.ipynb #17076214
 def _open_frame(frame: pd.DataFrame, label: str, group: str) -> Source:
-    return _from_labelled("a DataFrame", open_frame(frame, label, group))
+    return _from_named("a DataFrame", open_frame(frame, label, group, open_objects))
 
 # %% ../nbs/00h_sources.ipynb #90dc9054
 OPENERS: list[tuple[Callable[[Any], Any], Callable[[Any, str, str], Source]]] = [  # the first that fits

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAM_LR', 'SGD_FACTOR', 'AUGMENTATIONS', 'BALANCES', 'IMBALANCED', 'SPACES', 'is_imbalanced', 'small_size',
            'make_base', 'suggest_config', 'known_params', 'Search', 'run_trial', 'affordable_epochs', 'search_trials',
-           'draw_study', 'run_step']
+           'draw_study', 'prepare_search', 'run_step']
 
 # %% ../nbs/03_tune.ipynb #6db665e6
 import math
@@ -22,16 +22,18 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from .baseline import original_config, standard_config
-from .cache import Images, load_images
+from .cache import Images
+from .champion import Candidate, Limits, judged_by, worth
 from .core import AutomlError, Run, atomic_path, say
 from .data import open_step
 from .learner import Config, Training, fit
+from .probes import Terms, is_small, load_head, offer_model
+from .race import Track
 from .scores import JUDGES
 from .study import (enqueue_known, finished_trials, measured, open_study, promote_paused, run_trials,
                              spent_seconds)
 from .tasks import TASKS, headline
 from .tracking import Record, child, tracked_step
-from .transforms import make_policy
 
 # %% ../nbs/03_tune.ipynb #28206a27
 ADAM_LR, SGD_FACTOR = (1e-4, 1e-2), 30.0  # range of the peak learning rate; SGD's for the same effect
@@ -303,13 +305,48 @@ def _clean_up(study: optuna.Study, run: Run) -> None:
         shutil.rmtree(run.path / "trials", ignore_errors=True)
 
 # %% ../nbs/03_tune.ipynb #04f5ffff
+def prepare_search(
+    track: Track,  # the run and how it is judged
+    base: Config,  # what is not searched
+    max_epochs: int,  # of the longest trial
+    trial_share: float,  # share of the training pictures that trials see
+    space: str,  # a key of `SPACES`
+    terms: Terms,  # what may ship
+    record: Record,  # the step's
+) -> Search:
+    """Load what all trials share; finished trials are offered as the run's bundle."""
+    run, (train, validation) = track.run, (track.images(split, base.size) for split in ("train", "validation"))
+    train = train.sample(max(1, round(trial_share * len(train))), base.seed)
+    def offer(name: str, training: Training) -> None:
+        figures = track.score(training.logits, validation.targets)
+        candidate = Candidate(f"{base.backbone} {base.size} {name}", "trial", base.backbone, base.size,
+                              epochs=float(len(training.history)), seconds=training.elapsed)
+        if not is_small(run):  # a few validation pictures are no match for what folds say
+            offer_model(track, training.config, training.averaged, (figures, training.logits, validation.targets),
+                        terms, candidate)
+    head = load_head(run, base.backbone, base.size)
+    return Search(run, base, train, validation, len(run.read("data")["classes"]), max_epochs, record, space, head,
+                  track.metric, offer)
+
+# %% ../nbs/03_tune.ipynb #7d4a82c2
+def _search(search: Search, study: optuna.Study, trials: int, seconds: float) -> dict[str, Any]:
+    search_trials(study, search, trials, seconds)
+    found, record = _conclude(study, search), search.record
+    for path in draw_study(study, search.run.path / "tune"):
+        record.log_file(path)
+    record.log_params({f"best_{name}": value for name, value in study.best_params.items()})
+    record.log_metrics(found["scores"])
+    _clean_up(study, search.run)
+    return found
+
+# %% ../nbs/03_tune.ipynb #f04beceb
 def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     backbone: str = "small_cnn",  # a key of models.ZOO
     pretrained: bool = False,  # start from ImageNet weights where they can be had
     transforms: str = "standard",  # a key of transforms.PRESETS
     size: int = 32,  # side of the network's input, pixels
-    trials: int = 3,  # finished trials wanted, pruned ones included, at least 1
+    trials: int = 3,  # finished trials wanted, pruned ones included; 0 takes known settings
     space: str = "standard",  # a key of SPACES: what is searched
     max_epochs: int = 2,  # the longest trial, passes over its pictures, at least 1
     batch_size: int = 32,  # pictures per step
@@ -325,24 +362,18 @@ def run_step(
 ) -> dict[str, Any]:  # the content of tune.json
     """Search the best configuration on validation pictures, going on where it stopped. Raises AutomlError."""
     run = open_step(run_dir)
-    data = run.read("data")
-    base = make_base(space, backbone=backbone, pretrained=pretrained, task=data["task"], transforms=transforms,
-                     size=size, batch_size=batch_size, seed=seed)
-    policy = make_policy(base.transforms, size)
-    train = load_images(run, "train", policy)
-    train = train.sample(max(1, round(trial_share * len(train))), seed)
-    study = open_study(run, storage, seed)
-    with tracked_step(run, "tune",
-                      {"trials": trials, "space": space, "max_epochs": max_epochs,
-                       "trial_share": trial_share}) as record:
-        validation = load_images(run, "validation", policy)
-        search = Search(run, base, train, validation, len(data["classes"]), max_epochs, record, space)
-        search_trials(study, search, trials, seconds)
-        found = _conclude(study, search)
-        for path in draw_study(study, run.path / "tune"):
-            record.log_file(path)
-        record.log_params({f"best_{name}": value for name, value in study.best_params.items()})
-        record.log_metrics(found["scores"])
+    base = make_base(space, backbone=backbone, pretrained=pretrained, task=run.read("data")["task"],
+                     transforms=transforms, size=size, batch_size=batch_size, seed=seed)
+    track = Track(run, pretrained, base.transforms, metric, seed)
+    told = {"trials": trials, "space": space, "max_epochs": max_epochs, "trial_share": trial_share}
+    terms = Terms(Limits(max_milliseconds, max_megabytes), target_accuracy, name)
+    with tracked_step(run, "tune", told) as record:
+        if (run.path / "plan.json").exists():
+            record.log_file(run.path / "plan.json")
+        if trials:
+            search = prepare_search(track, base, max_epochs, trial_share, space, terms, record)
+            found = _search(search, open_study(run, storage, seed), trials, seconds)
+        else:
+            found = {"split": "validation", "config": base.as_dict(), "trials": {}, "space": space}
     run.write("tune", found)
-    _clean_up(study, run)
     return found

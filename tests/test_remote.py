@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -215,6 +216,71 @@ def test_what_is_refused_is_not_asked_for_again(bucket: Bucket, status: str) -> 
     with pytest.raises({"403": PermissionError, "404": FileNotFoundError}[status], match=r"data/cat/0 é\+#%.jpg"):
         items[NAMES[0]].read()
     assert len(bucket.proxy.spans) == 1
+
+
+def write_table(path: Path, rows: list[str]) -> str:
+    """Write a table of names, one line each, with the name of its folder as the label."""
+    lines = [f"{name},{name.split('/')[-2]}" for name in rows]
+    path.write_text("\n".join(["file,label", *lines]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("many", [1, 100])
+def test_a_table_names_objects(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    """Addresses in a table on the disk are read like a bucket, listed or asked for; what is not there is a bad row."""
+    monkeypatch.setattr(remote, "MANY", many)
+    addresses = {f"{bucket.url}/data/{name}": content(name) for name in NAMES}
+    table = write_table(tmp_path / "table.csv", [*addresses, f"{bucket.url}/data/cat/none.jpg", f"{bucket.url}/no/cat/1.jpg"])
+    source = open_source(table)
+    assert [(item.name, item.label) for item in source.items] == [(url, url.split("/")[-2]) for url in addresses]
+    assert (source.bad_rows, source.readers) == ({"missing_file": [14, 15]}, 16)
+    assert read_all(table) == addresses == read_all(table)
+    assert len(bucket.proxy.spans) == 12
+    assert read_all(f"{bucket.url}/data") == EXPECTED
+    assert len(bucket.proxy.spans) == 12
+
+
+def test_a_table_that_may_not_be_followed(bucket: Bucket, tmp_path: Path) -> None:
+    """An address that may not be read refuses the table, and tells how to sign in."""
+    bucket.proxy.fault = lambda path, span: "403"
+    error = refusal(write_table(tmp_path / "table.csv", [f"{bucket.url}/data/{NAMES[0]}"]))
+    assert (error.code, error.detail) == ("source_not_found", f"{bucket.url}/data/{NAMES[0]} may not be read.")
+
+
+def test_a_table_names_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of a web server in a table are read, beside files on the disk."""
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path / "home"))
+    for name in ("cat/1.jpg", "dog/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content(name))
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        site = f"http://127.0.0.1:{server.server_port}"
+        table = write_table(tmp_path / "table.csv", ["cat/1.jpg", f"{site}/dog/2.jpg", f"{site}/dog/3.jpg"])
+        assert read_all(table) == {"cat/1.jpg": content("cat/1.jpg"), f"{site}/dog/2.jpg": content("dog/2.jpg")}
+        assert open_source(table).bad_rows == {"missing_file": [4]}
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_cache_is_bounded(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve objects of 3,200 bytes come one an hour into 20,000 bytes: the last five stay, and all can be read."""
+    monkeypatch.setenv("AUTOML_CV_CACHE_GB", "0.00002")
+    items, folder = open_source(f"{bucket.url}/data").items, tmp_path / "cache/objects"
+    for item in items:
+        assert item.read() == content(item.name)
+        for path in folder.glob("*/*"):
+            os.utime(path, (0, path.stat().st_mtime - 3600))
+        assert sum(path.stat().st_size for path in folder.glob("*/*")) <= 20_000
+    kept = sorted(path.name[41:] for path in folder.glob("*/*"))
+    assert kept == [f"{i}-.jpg" for i in range(1, 6)]
+    assert [item.read() for item in items[7:]] == [content(name) for name in NAMES[7:]]
+    assert len(bucket.proxy.spans) == 12
+    assert items[0].read() == content(NAMES[0])
+    assert len(bucket.proxy.spans) == 13
 
 
 def start_child(url: str, code: str, output: int | None = None) -> subprocess.Popen[bytes]:
