@@ -198,7 +198,8 @@ def show_plan(
         fate = row["reason"] or f"{row['expected']:.1%} expected after {row['epochs']:g} epochs"
         say(f"  {row['name']:22} {row['score']:.3f} on {row['pictures']} pictures, answers {row['forward']:.0f}/s, "
             f"trains {row['train']:.0f}/s: {fate}")
-    search = f"{plan.trials} trials in {plan.search_seconds:.0f} s" if plan.trials else "no search"
+    time_ = f" in {plan.search_seconds:.0f} s" if plan.search_seconds else ""
+    search = f"{plan.trials} trials{time_}" if plan.trials else "no search"
     say(f"  plan: {plan.backbone} at {plan.size}, {search}, then {plan.epochs} epochs of "
         f"{'the whole network' if plan.scope == 'all' else 'its ' + plan.scope}; {plan.why}")
     run.write("plan", asdict(plan) | {"entrants": table})
@@ -213,7 +214,8 @@ def replan(
     """Plan the rest of the time from what the race measured."""
     baseline, splits = run.read("baseline"), run.read("data")["splits"]
     entrants = [Entrant(**entry) for entry in baseline["entrants"]]
-    rest = max(0.0, left - reserve(splits["test"], max(entrant.forward for entrant in entrants)))
+    pictures = splits["test"] + splits["validation"] / 2  # validation is judged once more after the last epoch
+    rest = max(0.0, left - reserve(pictures, max(entrant.forward for entrant in entrants)))
     args = entrants, max(1, splits["train"]), rest
     return make_plan(*args, trials, request.epochs, baseline["pretrained"]), rest, plan_table(*args)
 

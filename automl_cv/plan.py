@@ -140,7 +140,8 @@ def make_plan(
     return Plan(best.backbone, best.size, scope, epochs or max(1, math.ceil(final - 0.2)),
                 trials if search else 0, round(search_seconds, 1),
                 round(outlook(best, pictures, seconds, enough), 4),
-                f"{most:.1f} epochs fit into {seconds:.0f} s at {best.train:.0f} pictures/s")
+                f"{most:.1f} epochs fit into {seconds:.0f} s at {best.train:.0f} pictures/s" if most < 1e6
+                else "no limit on time")
 
 # %% ../nbs/01gb_plan.ipynb #ffc2ff30
 def plan_table(

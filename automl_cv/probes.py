@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'is_small', 'folds_of', 'ships', 'Found', 'search_head', 'Terms', 'offer_model', 'first_model', 'save_head',
-           'load_head', 'best_head']
+           'find_head', 'load_head', 'best_head']
 
 # %% ../nbs/01k_probes.ipynb #5be15c68
 import time
@@ -145,14 +145,26 @@ def save_head(
         np.savez(file, weight=head.weight, bias=head.bias)
 
 # %% ../nbs/01k_probes.ipynb #608b7a32
+def find_head(
+    run: Run,  # perhaps after step 2
+    backbone: str,  # a key of models.ZOO
+    size: int,  # side of the network's input, pixels
+) -> HeadConfig | None:  # None where there is none, and for a backbone that was never trained
+    """Look up the settings of the head that fine-tuning may start from."""
+    baseline = run.read("baseline", {})
+    head = baseline.get("head", {})
+    if not baseline.get("pretrained") or (head["backbone"], head["size"]) != (backbone, size):
+        return None
+    return HeadConfig(**head["config"] | {"banks": ()})
+
+# %% ../nbs/01k_probes.ipynb #9e55cbef
 def load_head(
     run: Run,  # perhaps with a head
     backbone: str,  # a key of models.ZOO
     size: int,  # side of the network's input, pixels
 ) -> Head | None:  # None where there is none for this network
     """Find the head that was fitted to a backbone's features at a size."""
-    found = run.read("baseline", {}).get("head", {})
-    if (found.get("backbone"), found.get("size")) != (backbone, size):
+    if not find_head(run, backbone, size):
         return None
     with np.load(run.path / "head.npz", allow_pickle=False) as file:
         return Head(file["weight"], file["bias"])

@@ -18,10 +18,10 @@ from .champion import METRICS, Candidate, Limits, draw_leaderboard, require_cham
 from .core import AutomlError, Run, atomic_path, read_json, say
 from .data import open_step
 from .features import feature_bank
-from .heads import Head, HeadConfig, fit_head
+from .heads import Head, fit_head
 from .learner import Config, Training, fit
 from .models import create_model
-from .probes import Terms, folds_of, is_small, load_head, offer_model
+from .probes import Terms, find_head, folds_of, is_small, load_head, offer_model
 from .race import Track
 from .tracking import Record, register, tracked_step
 
@@ -74,12 +74,12 @@ def train_split(
 
 # %% ../nbs/04_train.ipynb #157517c4
 def _fold_head(track: Track, config: Config, images: Images) -> Head | None:
-    chosen = track.run.read("baseline", {}).get("head", {})
-    if (chosen.get("backbone"), chosen.get("size")) != (config.backbone, config.size):
+    chosen = find_head(track.run, config.backbone, config.size)
+    if not chosen:
         return None
     classes = len(track.run.read("data")["classes"])
     bank = feature_bank(create_model(config.backbone, classes, config.pretrained, config.seed), images, config.size)
-    return fit_head(np.asarray(bank), images.targets, classes, HeadConfig(**chosen["config"]))
+    return fit_head(np.asarray(bank), images.targets, classes, chosen)
 
 # %% ../nbs/04_train.ipynb #3f592a89
 def train_folds(
