@@ -16,7 +16,8 @@ from PIL import Image
 from .cache import Images, load_images
 from .core import Run, say
 from .data import open_step, read_split
-from .features import engine_speeds, feature_bank, linear_probe
+from .engines import engine_speeds
+from .features import feature_bank, linear_probe
 from .learner import Config, Training, fit
 from .models import Classifier, create_model
 from .scores import JUDGES
