@@ -1,9 +1,9 @@
 """The feature bank against raw loops over arrays in memory: onnxruntime, and torch in bfloat16 and channels_last.
 
 The raw loops have their network ready and their pictures in one array; they keep the features in memory. The bank pays
-for everything: hashing the weights, reading pictures from the decode-once cache, writing blocks, reading
-them back. `setup` is the export, paid once however many pictures there are; `found` is what it costs to ask again. All take
-turns, on the same pictures and the same threads.
+for everything: hashing the weights, reading pictures from the decode-once cache, writing blocks, reading them back.
+`setup` is the export, paid once however many pictures there are; `found` is what it costs to ask again. All take turns,
+on the same pictures and the same threads.
 
 Usage: python benchmarks/features.py FOLDER [BACKBONE] [SIZE] [COUNT] [REPEATS]     FOLDER has class folders
 """
