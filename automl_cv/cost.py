@@ -37,7 +37,7 @@ def light_batch(
     model: Classifier,  # of any backbone
     size: int,  # side of the input, pixels
 ) -> int:  # pictures
-    """Return how many pictures two cores see in about a quarter of a second: between 4 and 64, 256 on a GPU."""
+    """Return how many pictures two cores see in about a quarter of a second: 4 to 64; 256 on a GPU."""
     if model.head.weight.is_cuda:
         return 256
     return int(np.clip(24 / (find_backbone(model.backbone).gmacs * (size / 224) ** 2), 4, 64))
