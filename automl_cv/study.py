@@ -114,8 +114,8 @@ def open_study(
     home().mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.create_study(
-        storage=_connect(storage or storage_url(), heartbeat), study_name=_study_name(run), load_if_exists=True,
-        direction="maximize", sampler=NumberedSampler(seed), pruner=Halving())
+        storage=_connect(storage or storage_url(), heartbeat), study_name=_study_name(run),
+        load_if_exists=True, direction="maximize", sampler=NumberedSampler(seed), pruner=Halving())
 
 # %% ../nbs/02b_study.ipynb #ae7d389a
 def _is_dead(trial: FrozenTrial, grace: float) -> bool:
