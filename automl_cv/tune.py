@@ -164,13 +164,13 @@ def search_trials(
 def draw_study(
     study: optuna.Study,  # with finished trials
     folder: Path,  # where the pictures shall be
-) -> list[Path]:  # history, importances and parallel coordinates, as far as there are enough trials
+) -> list[Path]:  # history, curves, importances, parallel coordinates: as far as trials suffice
     """Draw a study."""
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
     drawn = []
-    kinds = {"history": plots.plot_optimization_history, "importances": plots.plot_param_importances,
-             "parallel_coordinates": plots.plot_parallel_coordinate}
+    kinds = {"history": plots.plot_optimization_history, "curves": plots.plot_intermediate_values,
+             "importances": plots.plot_param_importances, "parallel_coordinates": plots.plot_parallel_coordinate}
     for name, draw in kinds.items():
         with pyplot.rc_context(), warnings.catch_warnings():  # Optuna sets a style, later pictures need none
             warnings.simplefilter("ignore")
@@ -179,6 +179,8 @@ def draw_study(
                 draw(study)
             except (RuntimeError, ValueError, UserWarning):  # too few complete trials that differ
                 continue
+            if name == "parallel_coordinates":  # an axis for each parameter, with room for its numbers
+                pyplot.gcf().set_size_inches(2 + 1.3 * len(study.best_params), 5)
             with atomic_path(folder / f"{name}.png") as path:
                 pyplot.savefig(path, format="png", dpi=100, bbox_inches="tight")
             pyplot.close("all")
