@@ -59,13 +59,13 @@ def killed(tmp_path_factory):
     """Run, kill -9 in tuning, resume, kill -9 in the final training, resume: the outputs of the three."""
     home = tmp_path_factory.mktemp("killed")
     folder = home / "runs/killed"
-    first, _ = kill_after(automl_cv(home, "run", "demo:15", "--out", folder, *TINY), r"trial 1 epoch 1/")
+    first, _ = kill_after(automl_cv(home, "run", "demo:15", "--out", folder, *TINY), r"trial 0 epoch 2/")
     second, _ = kill_after(automl_cv(home, "resume", folder), r"^  epoch 1/\d+: loss \S+ \d+ pictures")
     third = call(home, "resume", folder)
     return home, Run(folder), first, second, third
 
 
-def test_killed_in_tuning_goes_on_with_the_next_trial(killed):
+def test_killed_in_tuning_goes_on_behind_its_last_epoch(killed):
     home, run, first, second, _ = killed
     assert "trial 0 epoch 1/" in first
     assert "trial 0 epoch" not in second
@@ -74,7 +74,10 @@ def test_killed_in_tuning_goes_on_with_the_next_trial(killed):
     states = [trial.state.name for trial in study.trials]
     assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 3
     dead = [trial for trial in study.trials if trial.state.name == "FAIL"]
-    assert len(dead) == 1 and any(t.params == dead[0].params and t.number > dead[0].number for t in study.trials)
+    assert [trial.number for trial in dead] == [0]
+    after = next(trial for trial in study.trials if trial.user_attrs.get("continues") == 0)
+    assert after.params == dead[0].params and list(after.intermediate_values) == [1, 2, 3]
+    assert f"trial {after.number} epoch 3/3" in second and f"trial {after.number} epoch 2/" not in second
 
 
 def test_killed_in_training_goes_on_behind_its_last_epoch(killed):
