@@ -240,10 +240,9 @@ def spotlight(
     heat: np.ndarray,  # float [S, S], 0 to 1
 ) -> np.ndarray:  # uint8 [S, 2 S + 4, 3]: the picture, and the parts that spoke for the answer
     """Put a picture beside what mattered in it."""
-    glow = heat[..., None] * np.array([255, 96, 0])
-    shown = image * (0.25 + 0.55 * heat[..., None]) + 0.35 * glow
-    gap = np.full((len(image), 4, 3), 255, np.uint8)
-    return np.concatenate([image, gap, np.minimum(shown, 255).astype(np.uint8)], axis=1)
+    share = 0.65 * heat[..., None]
+    shown = 0.7 * image.mean(axis=2, keepdims=True) * (1 - share) + share * np.array([255, 96, 0])
+    return np.concatenate([image, np.full((len(image), 4, 3), 255), shown], axis=1).astype(np.uint8)
 
 # %% ../nbs/04b_answers.ipynb #e52571f3
 def draw_mistakes(

@@ -84,6 +84,9 @@ class Answer:
     confidence: float  # its probability, 0 to 1
     class_index: int  # its place in the order of classes
     labels: list[Share] | None = None  # only from a model for several labels: those found, in that order
+    uncertain: bool | None = None  # only from a model that states an accuracy: whether to distrust the answer
+    reason: str | None = None  # with it: "low_confidence", "unlike_training", or nothing
+    outlier: float | None = None  # only from a model that knows its training pictures: the distance to them
     probabilities: list[Share] | None = None  # only with top_k
     notes: list[str] | None = None  # only when asked for: what was done to the picture
 
@@ -270,7 +273,7 @@ def run_step(
     started = time.monotonic()
     with running(run.bundle) as url:
         seconds, answer = round(time.monotonic() - started, 2), ask(url, picture.getvalue())
-    if set(answer) != set(fields) or answer["label"] not in info["classes"]:
+    if not set(fields) <= set(answer) or answer["label"] not in info["classes"]:
         raise AutomlError("internal_error", f"The service's answer breaks its contract: {answer}.")
     report = {"answer": answer, "ready_seconds": seconds}
     run.write("serve", report)
