@@ -176,7 +176,7 @@ class _Lines:
 # %% ../nbs/01ca_heads.ipynb #3e9d7eca
 def _row_weights(truth: Tensor, rows: Tensor, balanced: bool, exclusive: bool) -> Tensor:
     if not balanced:
-        return rows[None].float()
+        return rows.float().expand(1 if exclusive else len(truth), -1)
     yes, count = truth[:, rows].sum(1, keepdim=True), rows.sum()
     if exclusive:
         return (truth * (count / ((yes > 0).sum() * yes.clamp(min=1)))).sum(0, keepdim=True) * rows
@@ -399,7 +399,7 @@ def fit_head(
     classes: int,  # C
     config: HeadConfig = HeadConfig(),
 ) -> Head | MlpHead | KnnHead:
-    """Fit one head on all pictures."""
+    """Fit one head on all pictures. Raises AutomlError interrupted."""
     truth, exclusive = _truth(targets, classes)
     head = FITS[config.kind](_side_by_side(banks, config.banks), truth, exclusive, config)
     if config.kind == "linear" and config.balance == "logits":
@@ -513,8 +513,8 @@ def search_heads(
     configs: list[HeadConfig],
     seconds: float = 0.0,  # stop after this long with what is done; 0 means never
     metric: str = "loss",  # "loss" | "accuracy" | "balanced_accuracy" | "macro_f1"; of labels also "map"
-) -> tuple[pd.DataFrame, np.ndarray]:  # a row per configuration, best first; float32 [N, C], the best's logits
-    """Judge heads by cross-validation. The index is the position in `configs`; `seconds` says when it was known."""
+) -> tuple[pd.DataFrame, np.ndarray]:  # best first, the index is the place in `configs`; float32 [N, C], the best's logits
+    """Judge heads by cross-validation; `seconds` says when a row was known. Raises AutomlError interrupted."""
     started, (truth, exclusive) = time.monotonic(), _truth(targets, classes)
     end, sign = started + (seconds or np.inf), 1 if metric == "loss" else -1
     rows, best = {}, (np.inf, np.zeros((0, classes), np.float32))
