@@ -236,7 +236,7 @@ def _search_others(features: np.ndarray, truth: Tensor, exclusive: bool, folds: 
 def _search(banks: dict[str, np.ndarray] | np.ndarray, truth: Tensor, exclusive: bool, folds: Tensor,
             configs: list[HeadConfig], end: float) -> Iterator[tuple[int, np.ndarray]]:
     groups: dict[tuple, dict[int, HeadConfig]] = {}
-    for number, config in sorted(enumerate(configs), key=lambda pair: pair[1].kind == "mlp"):  # slow ones last
+    for number, config in sorted(enumerate(configs), key=lambda pair: pair[1].kind != "linear"):
         groups.setdefault((config.banks, config.kind == "linear", config.normalise), {})[number] = config
     for (names, linear, _), members in groups.items():
         search = _search_linear if linear else _search_others
@@ -282,7 +282,7 @@ def search_heads(
     seconds: float = 0.0,  # stop after this long with what is done; 0 means never
     metric: str = "loss",  # "loss" | "accuracy" | "balanced_accuracy" | "macro_f1"; of labels also "map"
 ) -> tuple[pd.DataFrame, np.ndarray]:  # by place in `configs`, best first; float32 [N, C], its logits
-    """Judge heads by cross-validation; `seconds` says when a row was known. Raises AutomlError interrupted."""
+    """Judge heads by cross-validation; `seconds` says when. Raises AutomlError interrupted."""
     started, (truth, exclusive) = time.monotonic(), _truth(targets, classes)
     end, sign = started + (seconds or np.inf), 1 if metric == "loss" else -1
     rows, best = {}, (np.inf, np.zeros((0, classes), np.float32))
