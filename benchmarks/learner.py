@@ -123,8 +123,8 @@ def take_turns(folder: str, case: str, repeats: int) -> Iterator[tuple[str, dict
                                       stdout=subprocess.PIPE, text=True) for kind in ("plain", "memory", "learner")}
     try:
         for process in running.values():
-            while process.stdout.readline() != "ready\n":
-                pass
+            while (line := process.stdout.readline()) != "ready\n":
+                assert line, "a contender ended early"
         for _ in range(repeats):
             for kind, process in running.items():
                 process.stdin.write("go\n")
