@@ -129,7 +129,9 @@ def take_turns(folder: str, case: str, repeats: int) -> Iterator[tuple[str, dict
             for kind, process in running.items():
                 process.stdin.write("go\n")
                 process.stdin.flush()
-                yield kind, json.loads(process.stdout.readline())
+                while not (line := process.stdout.readline()).startswith("{"):  # the learner tells how far it is
+                    assert line, "a contender ended early"
+                yield kind, json.loads(line)
     finally:
         for process in running.values():
             process.kill()
