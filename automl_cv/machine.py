@@ -52,7 +52,7 @@ def keep_memory() -> bool:  # whether the C library took the advice
 
 # %% ../nbs/01aa_machine.ipynb #d6b3b0a4
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc",
-             "could not create a memory", "ALLOC_FAILED")
+             "could not create a", "ALLOC_FAILED")  # of a primitive or of memory, says oneDNN
 
 # %% ../nbs/01aa_machine.ipynb #8809c8c9
 def is_out_of_memory(

@@ -1,0 +1,88 @@
+"""A training as processes see it: kill -9 and SIGTERM."""
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+KILLS = int(os.environ.get("AUTOML_CV_KILLS", "3"))  # at random moments of one training
+CHILD = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from automl_cv import learner
+from automl_cv.cache import Images
+from automl_cv.core import AutomlError, stop_on_signals
+from automl_cv.features import weights_key
+from automl_cv.recipe import Config
+
+path, learner.SAVE_SECONDS = Path(sys.argv[1]), float(sys.argv[2])  # the shorter, the more there is to find
+targets = np.arange(128) % 2
+array = np.random.default_rng(0).integers(0, 120, (128, 70, 70, 3)) + 60 * targets[:, None, None, None]
+images = Images(array.astype(np.uint8), targets.astype(np.int64))
+config = Config(backbone="small_cnn", pretrained=False, size=64, epochs=3, batch_size=16, lr=5e-3,
+                augmentation="trivial", strength=0.3)
+print("ready", flush=True)
+with stop_on_signals():
+    try:
+        training = learner.fit(config, images, None, 2, path)
+    except AutomlError as error:
+        print(json.dumps({"code": error.code}))
+        sys.exit(error.exit_code)
+print(json.dumps({"steps": training.step, "key": weights_key(training.averaged),
+                  "loss": training.history[-1]["train_loss"]}))
+"""
+
+
+def start_child(path, pause=0.05):
+    """Start a training in a process, at its first step or behind its checkpoint."""
+    command = [sys.executable, "-c", CHILD, str(path), str(pause)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts or continues this test's training."""
+    return functools.partial(start_child, tmp_path / "checkpoint.pt")
+
+
+def finish(process):
+    """Wait for a training and return what it printed last."""
+    out, _ = process.communicate(timeout=120)
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return what an uninterrupted training ends with, and how many seconds it took."""
+    process, started = start_child(tmp_path_factory.mktemp("whole") / "checkpoint.pt", 1e9), time.monotonic()
+    return finish(process), time.monotonic() - started
+
+
+def test_killed_trainings_end_with_the_weights_of_an_uninterrupted_one(start, whole):
+    (expected, duration), draw = whole, random.Random(0)
+    for _ in range(KILLS):
+        process = start()
+        time.sleep(draw.uniform(0.1, 0.9) * duration / KILLS)
+        process.kill()
+        process.wait()
+    assert finish(start()) == expected
+
+
+def test_a_terminated_training_saves_its_step_and_exits_in_time(start, whole, tmp_path):
+    process, path = start(), tmp_path / "checkpoint.pt"
+    while not path.exists() and process.poll() is None:  # after its first steps
+        time.sleep(0.05)
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == {"code": "interrupted"}
+    assert process.returncode == 4
+    assert time.monotonic() - started < 8  # what a container platform waits
+    assert finish(start()) == whole[0]
