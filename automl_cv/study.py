@@ -163,6 +163,7 @@ def _own(study: optuna.Study, objective: Callable[[Trial], float], wanted: int,
          taken_away: list[int]) -> Callable[[Trial], float]:
     def run(trial: Trial) -> float:
         try:
+            study._storage.record_heartbeat(trial._trial_id)  # without a first one, silence is not noticed
             trial.set_user_attr("owner", [socket.gethostname(), os.getpid()])
             if _is_spare(study, trial.number, wanted):
                 raise _Spare

@@ -180,7 +180,8 @@ def draw_study(
     from optuna.visualization import matplotlib as plots
     drawn = []
     kinds = {"history": plots.plot_optimization_history, "curves": plots.plot_intermediate_values,
-             "importances": plots.plot_param_importances, "parallel_coordinates": plots.plot_parallel_coordinate}
+             "importances": plots.plot_param_importances,
+             "parallel_coordinates": plots.plot_parallel_coordinate}
     for name, draw in kinds.items():
         with pyplot.rc_context(), warnings.catch_warnings():  # Optuna sets a style, later pictures need none
             warnings.simplefilter("ignore")

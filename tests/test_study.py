@@ -55,9 +55,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/optuna.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
 
 
-def work(folder: str, url: str, wanted: str, pace: str, host: str = "") -> None:
+def work(folder: str, url: str, wanted: str, pace: str, heartbeat: str = "10", host: str = "") -> None:
     """Be a worker: `train` by counting to nine, with a checkpoint and a line in the log for each epoch."""
-    study = open_study(Run(Path(folder)), url, heartbeat=1)
+    study = open_study(Run(Path(folder)), url, heartbeat=int(heartbeat))
 
     def objective(trial: optuna.Trial) -> float:
         if host:  # as if this process ran on another machine
@@ -93,7 +93,7 @@ def read_log(folder: Path) -> list[tuple[str, int, int]]:
 
 def kill_in_training(folder: Path, worker: subprocess.Popen[bytes], beside: int = 0) -> str:
     """Kill a worker in the middle of a trial, and return the trial's configuration."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while time.monotonic() < end:
         mine = [x for x, _, pid in read_log(folder) if pid == worker.pid]
         if mine and len({pid for _, _, pid in read_log(folder)}) > beside:
@@ -123,7 +123,7 @@ def check(folder: Path, url: str, wanted: int, killed: list[str]) -> optuna.Stud
 
 def test_workers_that_race_finish_exactly_what_is_wanted(tmp_path, url):
     workers = [start(tmp_path, url, 14, 0.0) for _ in range(4)]
-    assert [worker.wait(120) for worker in workers] == [0, 0, 0, 0]
+    assert [worker.wait(300) for worker in workers] == [0, 0, 0, 0]
     check(tmp_path, url, 14, [])
     assert len({pid for _, _, pid in read_log(tmp_path)}) > 1
 
@@ -132,15 +132,15 @@ def test_killed_workers_lose_nothing(tmp_path, url):
     workers = [start(tmp_path, url, 8, 0.1) for _ in range(3)]
     killed = [kill_in_training(tmp_path, worker, beside=1) for worker in workers[:2]]
     workers.append(start(tmp_path, url, 8, 0.1))
-    assert [worker.wait(120) for worker in workers[2:]] == [0, 0]
+    assert [worker.wait(300) for worker in workers[2:]] == [0, 0]
     study = check(tmp_path, url, 8, killed)
     assert {repr(trial.params["x"]) for trial in study.trials if trial.state.name == "FAIL"} == set(killed)
 
 
 def test_worker_of_another_machine_is_missed_by_its_heartbeat(tmp_path, url):
-    far = start(tmp_path, url, 3, 0.2, "elsewhere")
+    far = start(tmp_path, url, 3, 0.2, 1, "elsewhere")
     killed = kill_in_training(tmp_path, far)
-    assert start(tmp_path, url, 3, 0.0).wait(120) == 0
+    assert start(tmp_path, url, 3, 0.0, 1).wait(300) == 0
     check(tmp_path, url, 3, [killed])
 
 
