@@ -1,24 +1,25 @@
-"""The contenders of benchmarks/engine.py: image classification as a competent user writes it without this project.
+"""The contenders of benchmarks/engine.py: what a competent user writes without this project.
 
-    python benchmarks/plain.py epoch DATA [--batches 12]      one epoch of the original's protocol, or a part of it
-    python benchmarks/plain.py final DATA [--epochs 10]       the original's final training, whole: takes hours
+    python benchmarks/plain.py epoch DATA [--batches 12]      an epoch of the original's protocol, or a part
+    python benchmarks/plain.py final DATA [--epochs 10]       the original's final training: takes hours
+    python benchmarks/plain.py search DATA                    all of the original's protocol: takes a day
     python benchmarks/plain.py finetune DATA [--seconds 300]  arrays in memory, AdamW, one-cycle, EMA, flips
     python benchmarks/plain.py probe DATA                     frozen features and logistic regression
 
-DATA has train/CLASS and test/CLASS. Each prints one JSON object; --answers FILE keeps what was said about each test
-picture, in the columns of `automl-cv predict --csv`. Nothing of automl_cv is imported.
+DATA has train/CLASS and test/CLASS. Each prints one JSON object; --answers FILE keeps what was said about
+each test picture, in the columns of `automl-cv predict --csv`. Nothing of automl_cv is imported.
 
-`epoch` and `final` are the protocol of the project that this one grew from: plain PyTorch from a folder, pictures
-squashed to 150 x 150, a flip and a rotation by up to 10 degrees, batches of 32, float32, and three numbers searched by
-Optuna in ten whole trainings: Adam, SGD or RMSprop, a learning rate from 1e-5 to 1e-2, 1 to 10 epochs. Every epoch is
-judged on the test folder, so the search tunes on it: that is its flaw, and part of what it reaches. The original had
-ResNet18; the default here is the network whose weights are at hand, `--network resnet18 --weights ""` costs what the
-original cost.
+`search` is the protocol of the project that this one grew from: plain PyTorch from a folder, pictures squashed
+to 150 x 150, a flip and a rotation by up to 10 degrees, batches of 32, float32, and three numbers searched by
+Optuna in ten whole trainings: Adam, SGD or RMSprop, a learning rate from 1e-5 to 1e-2, 1 to 10 epochs; then
+the best once more. Every epoch is judged on the test folder, so the search tunes on it: that is its flaw, and a
+part of what it reaches. `epoch` and `final` are its parts. The original had ResNet18; the default here is the
+network whose weights are at hand. `--network resnet18 --weights ""` costs what the original cost.
 """
 
 import time
 
-STARTED = time.monotonic()  # a time limit counts from here: importing torch is part of it
+STARTED = time.monotonic()  # a time limit counts from here, because importing torch takes seconds
 
 import argparse
 import copy
@@ -27,7 +28,7 @@ import json
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,7 +53,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 WEIGHTS = os.environ.get("AUTOML_CV_WEIGHTS") or str(SHARED / "weights")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TRIALS, MEAN_EPOCHS = 10, 5.5  # of the search; the sampler's first ten trials are uniform draws of 1 to 10 epochs
+TRIALS = 10  # of the search
+MEAN_EPOCHS = 5.5  # of a trial: Optuna's first ten are uniform draws from 1 to 10, whatever they find
 EMA = 0.99
 
 
@@ -69,7 +71,7 @@ def has_bfloat16() -> bool:
 
 
 def small_cnn() -> nn.Sequential:
-    """Build what people write where there are no weights: four stages of convolutions and a linear layer."""
+    """Build what people write where there are no weights: three stages of convolutions, a linear layer."""
     layers: list[nn.Module] = []
     for inputs, outputs in zip((3, 32, 64, 128), (32, 64, 128, 256)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
@@ -78,10 +80,10 @@ def small_cnn() -> nn.Sequential:
 
 
 def build(network: str, classes: int, weights: str) -> nn.Module:
-    """Build a network with a new last layer, from the ImageNet weights in a folder, or from scratch without one."""
+    """Build a network with a new last layer, from the weights in a folder, or from scratch without one."""
     model = small_cnn() if network == "cnn" else getattr(torchvision.models, network)()
     if weights:
-        found = sorted(Path(weights).glob(f"{network}.*.safetensors")) or sorted(Path(weights).glob(f"{network}*"))
+        found = sorted(Path(weights).glob(f"{network}[.-]*"))
         if not found:
             raise SystemExit(f"No weights of {network} in {weights}; --weights '' trains from scratch.")
         load = load_file if found[0].suffix == ".safetensors" else torch.load
@@ -93,15 +95,15 @@ def build(network: str, classes: int, weights: str) -> nn.Module:
 
 def open_folder(data: Path, split: str, *augmentations: object) -> ImageFolder:
     """Open a split as the original does."""
-    change = [transforms.Resize((150, 150)), *augmentations, transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    return ImageFolder(data / split, transforms.Compose(change))
+    to_tensor = transforms.ToTensor(), transforms.Normalize(MEAN, STD)
+    steps = transforms.Resize((150, 150)), *augmentations, *to_tensor
+    return ImageFolder(data / split, transforms.Compose(steps))
 
 
 def original_loaders(options: argparse.Namespace) -> tuple[DataLoader, DataLoader]:
     """Load training and test folder as the original does, or a random part of each."""
-    train = open_folder(options.data, "train", transforms.RandomHorizontalFlip(), transforms.RandomRotation(10))
-    test, parts = open_folder(options.data, "test"), []
-    for part in (train, test):
+    augmentations, parts = (transforms.RandomHorizontalFlip(), transforms.RandomRotation(10)), []
+    for part in (open_folder(options.data, "train", *augmentations), open_folder(options.data, "test")):
         count = min(len(part), 32 * options.batches or len(part))
         parts.append(Subset(part, torch.randperm(len(part))[:count].tolist()))
     return (DataLoader(parts[0], batch_size=32, shuffle=True, num_workers=2),
@@ -127,20 +129,21 @@ def judge(model: nn.Module, loader: DataLoader) -> np.ndarray:
 
 def original_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
     """Build one of the original's three optimizers."""
-    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[options.optimizer]
-    return kind(model.parameters(), lr=options.lr)
+    kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
+    return kinds[options.optimizer](model.parameters(), lr=options.lr)
 
 
-def timed(work: object, pictures: int, whole: int) -> dict[str, float]:
+def timed(work: Callable[[], object], pictures: int, whole: int) -> dict[str, float]:
     """Do a part of some work; return its wall and CPU seconds, and both for the whole."""
     cpu, started = used(), time.monotonic()
     work()
-    found = {"wall": time.monotonic() - started, "cpu": used() - cpu}
-    return {"pictures": pictures, **found, **{f"whole_{name}": found[name] * whole / pictures for name in found}}
+    wall, cpu, scale = time.monotonic() - started, used() - cpu, whole / pictures
+    return {"pictures": pictures, "wall": wall, "cpu": cpu, "whole_wall": wall * scale,
+            "whole_cpu": cpu * scale}
 
 
 def epoch(options: argparse.Namespace) -> dict[str, object]:
-    """Measure an epoch of the original's protocol and judge it on the test folder; extrapolate to the protocol."""
+    """Measure an epoch of the original's and its judging on the test folder; extrapolate to the protocol."""
     whole = [len(open_folder(options.data, split)) for split in ("train", "test")]
     train, test = original_loaders(options)
     model = build(options.network, len(train.dataset.dataset.classes), options.weights)
@@ -150,28 +153,43 @@ def epoch(options: argparse.Namespace) -> dict[str, object]:
              "judge": timed(lambda: judge(model, test), len(test.dataset), whole[1])}
     cost = {kind: sum(part[f"whole_{kind}"] for part in parts.values()) for kind in ("wall", "cpu")}
     epochs = (TRIALS + 1) * MEAN_EPOCHS
-    return {"network": options.network, **parts, "epoch_wall_seconds": cost["wall"], "epoch_cpu_seconds": cost["cpu"],
-            "measured_share": round(len(train.dataset) / whole[0], 3), "protocol_epochs": epochs,
-            "protocol_cpu_hours": cost["cpu"] * epochs / 3600, "protocol_wall_hours": cost["wall"] * epochs / 3600,
-            "note": f"Extrapolated: {TRIALS} trials and a final training of {MEAN_EPOCHS} epochs, the mean draw."}
+    return {"network": options.network, **parts, "measured_share": round(len(train.dataset) / whole[0], 3),
+            "epoch_wall_seconds": cost["wall"], "epoch_cpu_seconds": cost["cpu"], "protocol_epochs": epochs,
+            "protocol_cpu_hours": cost["cpu"] * epochs / 3600,
+            "note": f"Extrapolated: {TRIALS} trials and a final training, {MEAN_EPOCHS} epochs each."}
 
 
-def final(options: argparse.Namespace) -> dict[str, object]:
-    """Train once as the original's final training does; the best of its epochs on the test folder is its figure."""
+def train_original(options: argparse.Namespace) -> dict[str, object]:
+    """Train once as the original does; the best of its epochs on the test folder is its figure."""
     torch.manual_seed(options.seed)
     train, test = original_loaders(options)
-    truth = np.array(test.dataset.dataset.targets)[test.dataset.indices]
+    files, targets = zip(*(test.dataset.dataset.samples[i] for i in test.dataset.indices))
     model = build(options.network, len(train.dataset.dataset.classes), options.weights)
     optimizer, history, best = original_optimizer(model, options), [], np.zeros(0)
     for _ in range(options.epochs):
         one_epoch(model, train, optimizer)
         answers = judge(model, test)
-        history.append(float((answers.argmax(1) == truth).mean()))
+        history.append(float((answers.argmax(1) == np.array(targets)).mean()))
         best = answers if history[-1] == max(history) else best
-    files = [test.dataset.dataset.samples[i][0] for i in test.dataset.indices]
     write_answers(options.answers, files, best, train.dataset.dataset.classes)
     return {"network": options.network, "accuracy": max(history), "best_epoch": 1 + int(np.argmax(history)),
-            "history": history, "settings": f"{options.optimizer}, {options.lr}"}
+            "history": history, "settings": f"{options.optimizer}, {options.lr:.2g}, {options.epochs} epochs"}
+
+
+def search(options: argparse.Namespace) -> dict[str, object]:
+    """Do all of the original's protocol: ten whole trainings, and the best of them once more."""
+    import optuna
+
+    def objective(trial: optuna.Trial) -> float:
+        options.optimizer = trial.suggest_categorical("optimizer", ["adam", "sgd", "rmsprop"])
+        options.lr = trial.suggest_float("lr", 1e-5, 1e-2, log=True)
+        options.epochs = trial.suggest_int("epochs", 1, 10)
+        return train_original(options)["accuracy"]
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=options.seed))
+    study.optimize(objective, n_trials=TRIALS)
+    vars(options).update(study.best_params)
+    trials = [trial.params | {"accuracy": trial.value} for trial in study.trials]
+    return train_original(options) | {"trials": trials}
 
 
 def read_split(data: Path, split: str, side: int) -> tuple[list[str], np.ndarray, Tensor, list[str]]:
@@ -212,7 +230,9 @@ def batches(count: int, size: int, random: np.random.Generator) -> Iterator[np.n
 
 def one_cycle(progress: float) -> float:
     """Return the learning rate's factor: up in a fifth of the way, then down along a cosine."""
-    return progress / 0.2 if progress < 0.2 else 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.2) / 0.8)))
+    if progress < 0.2:
+        return progress / 0.2
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.2) / 0.8)))
 
 
 @torch.no_grad()
@@ -238,22 +258,23 @@ def answer(model: nn.Module, images: np.ndarray, size: int) -> np.ndarray:
 
 def write_answers(path: str, files: list[str], answers: np.ndarray, classes: list[str]) -> None:
     """Write what was said about each picture."""
+    rows = [[name, classes[row.argmax()], f"{row.max():.6f}", ""] for name, row in zip(files, answers)]
     if path:
         with open(path, "w", newline="") as file:
-            rows = [[name, classes[row.argmax()], f"{row.max():.6f}", ""] for name, row in zip(files, answers)]
             csv.writer(file).writerows([["file", "label", "confidence", "error"], *rows])
 
 
-def train_for(model: nn.Module, images: np.ndarray, targets: Tensor, options: argparse.Namespace) -> tuple[nn.Module, int]:
+def train_until(model: nn.Module, images: np.ndarray, targets: Tensor,
+                options: argparse.Namespace) -> tuple[nn.Module, int]:
     """Train until the time limit or the epochs are over; return the averaged network and the steps."""
     random, begun, step, progress = np.random.default_rng(options.seed), time.monotonic(), 0, 0.0
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": options.decay},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer, mean = torch.optim.AdamW(groups, lr=options.lr), copy.deepcopy(model)
-    limit = STARTED + options.seconds - begun if options.seconds else math.inf
-    steps, bf16 = options.epochs * max(1, len(images) // 64), has_bfloat16()
+    limit = max(1.0, STARTED + options.seconds - begun) if options.seconds else math.inf
+    steps, bf16 = options.epochs * max(1, len(images) // options.batch), has_bfloat16()
     model.train()
-    for index in batches(len(images), 64, random):
+    for index in batches(len(images), options.batch, random):
         for group in optimizer.param_groups:
             group["lr"] = options.lr * one_cycle(progress)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
@@ -270,18 +291,19 @@ def train_for(model: nn.Module, images: np.ndarray, targets: Tensor, options: ar
 
 
 def finetune(options: argparse.Namespace) -> dict[str, object]:
-    """Fine-tune until the time limit, learning rate and averages planned for it; judge on the test folder after it."""
+    """Fine-tune with a schedule planned for the time limit, and judge on the test folder after it."""
     torch.manual_seed(options.seed)
     side = round(1.1 * options.size)
     _, images, targets, classes = read_split(options.data, "train", side)
+    options.batch = 64 if len(images) >= 2000 else 16
     model = build(options.network, len(classes), options.weights).to(memory_format=torch.channels_last)
-    mean, steps = train_for(model, images, targets, options)
-    trained = time.monotonic() - STARTED
+    mean, steps = train_until(model, images, targets, options)
+    trained, epochs = time.monotonic() - STARTED, steps * min(options.batch, len(images)) / len(images)
     files, pictures, truth, _ = read_split(options.data, "test", side)
     answers = answer(mean, pictures, options.size)
     write_answers(options.answers, files, answers, classes)
     return {"network": options.network, "accuracy": float((answers.argmax(1) == truth.numpy()).mean()),
-            "epochs": round(steps * min(64, len(images)) / len(images), 2), "trained_until_seconds": trained}
+            "epochs": round(epochs, 2), "trained_until_seconds": trained}
 
 
 @torch.inference_mode()
@@ -296,7 +318,7 @@ def extract(model: nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 def probe(options: argparse.Namespace) -> dict[str, object]:
-    """Fit logistic regression to frozen features, its strength chosen by cross-validation where there is little data."""
+    """Fit logistic regression to frozen features, its strength cross-validated where there is little data."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
@@ -309,40 +331,45 @@ def probe(options: argparse.Namespace) -> dict[str, object]:
     model.to(memory_format=torch.channels_last)
     regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300, tol=1e-3))
     if len(images) <= 3000:
-        regression = GridSearchCV(regression, {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}, cv=3)
+        regression = GridSearchCV(regression, {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}, cv=3,
+                                  scoring="neg_log_loss")
     regression.fit(extract(model, images), targets.numpy())
     answers = regression.predict_proba(extract(model, pictures))
     write_answers(options.answers, files, answers, classes)
     return {"network": options.network, "accuracy": float((answers.argmax(1) == truth.numpy()).mean())}
 
 
+CONTENDERS = {"epoch": epoch, "final": train_original, "search": search, "finetune": finetune, "probe": probe}
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("contender", choices=("epoch", "final", "finetune", "probe"))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("data", type=Path, help="a folder with train/CLASS and test/CLASS")
     parser.add_argument("--network", default="mobilenet_v2", help="of torchvision.models, or cnn")
     parser.add_argument("--weights", default=WEIGHTS, help="folder; empty trains from scratch")
     parser.add_argument("--answers", default="", help="CSV file for what was said about each test picture")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, default=0, help="of epoch and final: a part of each split; 0 for all")
+    parser.add_argument("--batches", type=int, default=0, help="a part, of the original; 0 for all")
     parser.add_argument("--optimizer", default="adam", choices=("adam", "sgd", "rmsprop"))
-    parser.add_argument("--lr", type=float, help="1e-4 for the original, 5e-4 for finetune")
-    parser.add_argument("--epochs", type=int, help="10 for the original; of finetune the most, 30")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of finetune, from the start; 0 for no limit")
+    parser.add_argument("--lr", type=float, help="1e-4 for final, 5e-4 for finetune")
+    parser.add_argument("--epochs", type=int, help="10 for final; of finetune the most, 30")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of finetune, from the start; 0: no limit")
     parser.add_argument("--size", type=int, help="side of the input: 160 for finetune, 192 for probe")
     parser.add_argument("--decay", type=float, default=0.05, help="of finetune, weight decay")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run one contender with two threads, the original with two workers beside them."""
+    """Run one contender with two threads; the original's loaders have two workers beside them."""
     torch.set_num_threads(2)
     options = parse()
     known = {"finetune": (5e-4, 30, 160), "probe": (0.0, 0, 192)}.get(options.contender, (1e-4, 10, 150))
     for name, value in zip(("lr", "epochs", "size"), known):
         setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
-    found = {"epoch": epoch, "final": final, "finetune": finetune, "probe": probe}[options.contender](options)
+    found = CONTENDERS[options.contender](options)
     print(json.dumps(found | {"wall_seconds": time.monotonic() - STARTED, "cpu_seconds": used()}))
 
 
