@@ -8,8 +8,8 @@
     python benchmarks/engine.py resume [--kills 20]               killed at random: the same bits at the end?
 
 Each prints one JSON object, whose `holds` compares the figures with what the project promises. `--quick` runs
-a reduced version in a few minutes, to check the program and nothing else; it says so. Contenders take turns on
-the same two cores, in processes of their own, so that wall and CPU seconds hold everything from the first
+a reduced version in a few minutes, to check the program and nothing else; it says so. Contenders take turns
+on the same two cores, in processes of their own, so that wall and CPU seconds hold everything from the first
 import to the last answer; ours starts from an empty workspace every time. Everybody answers the whole test
 folder. Only ratios and CPU seconds compare between machines.
 
@@ -42,7 +42,7 @@ WANTED = {5: 0.92, 15: 0.935, 30: 0.94}  # test accuracy after so many minutes
 
 def measure_epochs(options: argparse.Namespace) -> list[dict]:
     """Measure an epoch of the original's protocol with the network at hand, and with ResNet18."""
-    words, found = ["epoch", "--batches", str(options.batches), "--network"], []
+    words, found = ["epoch", "--batches", str(options.batches), "--threads", "1", "--network"], []
     for more in ([options.network], ["resnet18", "--weights", ""]):  # weights don't change the cost
         with workspace() as room:
             found.append(run_plain(options, options.data, room, [*words, *more]))
@@ -61,7 +61,8 @@ def original(options: argparse.Namespace, measured: list[list[dict]]) -> dict[st
             "cpu_seconds": cost[0]["median"] * epochs, "accuracy": full.get("accuracy", options.accuracy),
             "final_training": {name: full[name] for name in ("history", "settings", "wall", "cpu") if full},
             "note": "Ten trials of 5.5 epochs, the mean draw, and a final training, extrapolated from a part "
-                    "of an epoch. The accuracy is the final training's best epoch on the test folder; null "
+                    "of an epoch, with one thread: two cost more CPU time, waiting for each other, up to four "
+                    "times as much on a busy machine. The accuracy is the final training's best epoch on the test folder; null "
                     "where neither --full nor --accuracy gave it."}
 
 
@@ -176,8 +177,8 @@ def quality(options: argparse.Namespace) -> dict[str, object]:
             "99 % accuracy at coverage >= 0.8": ours["coverage_at_99"]["median"] >= 0.8}
     return {"budgets": report, "holds": holds,
             "note": "coverage_at_99 is the most that any threshold reaches on the test folder; `abstaining` "
-                    "is what the bundle's own gives, chosen without it. The plain fine-tune plans its schedule "
-                    "for the same time and is judged after it, at no cost."}
+                    "is what the bundle's own gives, chosen without it. The plain fine-tune plans its "
+                    "schedule for the same time and is judged after it, at no cost."}
 
 
 def cell(options: argparse.Namespace, count: int, seed: int) -> dict[str, object]:
