@@ -61,9 +61,9 @@ def original(options: argparse.Namespace, measured: list[list[dict]]) -> dict[st
             "cpu_seconds": cost[0]["median"] * epochs, "accuracy": full.get("accuracy", options.accuracy),
             "final_training": {name: full[name] for name in ("history", "settings", "wall", "cpu") if full},
             "note": "Ten trials of 5.5 epochs, the mean draw, and a final training, extrapolated from a part "
-                    "of an epoch, with one thread: two cost more CPU time, waiting for each other, up to four "
-                    "times as much on a busy machine. The accuracy is the final training's best epoch on the test folder; null "
-                    "where neither --full nor --accuracy gave it."}
+                    "of an epoch, with one thread: two wait for each other, which costs CPU time, on a busy "
+                    "machine up to four times as much. The accuracy is the final training's best epoch on "
+                    "the test folder; null where neither --full nor --accuracy gave it."}
 
 
 def reference(options: argparse.Namespace) -> dict[str, object]:

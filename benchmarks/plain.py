@@ -103,8 +103,8 @@ def open_folder(data: Path, split: str, *augmentations: object) -> ImageFolder:
 def original_loaders(options: argparse.Namespace) -> tuple[DataLoader, DataLoader]:
     """Load training and test folder as the original does, or a random part of each.
 
-    Without workers: of 65 CPU-ms a picture, decoding is 1.6, and on two cores a worker makes the threads of a step
-    wait for each other, which costs CPU time.
+    Without workers: of 65 CPU-ms a picture, decoding is 1.6, and on two cores a worker makes the threads of a
+    step wait for each other, which costs CPU time.
     """
     augmentations, parts = (transforms.RandomHorizontalFlip(), transforms.RandomRotation(10)), []
     for part in (open_folder(options.data, "train", *augmentations), open_folder(options.data, "test")):
