@@ -142,7 +142,7 @@ import json, resource, sys, time
 import numpy as np
 from PIL import Image
 from automl_cv import twins
-count, twins.SKIP = int(sys.argv[1]), float(sys.argv[2])
+count, twins.SKIP = int(sys.argv[1]), float(sys.argv[2] or twins.SKIP)
 rng, copies = np.random.default_rng(0), count // 100
 
 def thumb(image, box=None):
@@ -174,9 +174,9 @@ print(json.dumps({"cpu_seconds": time.process_time() - before, "pairs": len(pair
 """
 
 
-def search(count: int, skip: float) -> dict[str, float]:
+def search(count: int, skip: str) -> dict[str, float]:
     """Look for copies among drawn thumbnails in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", TWINS, str(count), str(skip)], stdout=subprocess.PIPE, text=True,
+    done = subprocess.run([sys.executable, "-c", TWINS, str(count), skip], stdout=subprocess.PIPE, text=True,
                           check=True)
     return json.loads(done.stdout)
 
@@ -185,7 +185,7 @@ def twins(repeats: int = 3) -> list[dict[str, object]]:
     """Search ever more thumbnails as the product does, and up to 10,000 through all branches."""
     rows = []
     for count in (1_000, 10_000, 40_000, 100_000):
-        for name, skip in (("product", 1.0), ("all_branches", 0.0)):
+        for name, skip in (("product", ""), ("all_branches", "0")):
             if name == "product" or count <= 10_000:
                 runs = [search(count, skip) for _ in range(repeats)]
                 cpu = statistics.median(run["cpu_seconds"] for run in runs)
