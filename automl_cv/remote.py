@@ -274,8 +274,10 @@ def is_object(
         return False
 
 # %% ../nbs/00f_remote.ipynb #c6a8df54
-def _read(thing: Object) -> bytes:
-    return fetch(thing).read_bytes()
+def _item(name: str, thing: Object) -> Item:
+    why = why_ignored(name, stat.S_IFREG)
+    return Item(name, lambda: fetch(thing).read_bytes(), size=thing.size or 0, stamp=thing.stamp,
+                status="ignored" if why else "", reason=why)
 
 # %% ../nbs/00f_remote.ipynb #7da3c581
 def _list(url: str) -> dict[str, dict[str, Any]]:
@@ -297,10 +299,7 @@ def open_remote(
         raise _refuse(url, FileNotFoundError())
     items = []
     for path in sorted(found):
-        name, thing = path[len(root) + 1:], describe(url, path, found[path])
-        why = why_ignored(name, stat.S_IFREG)
-        items.append(Item(name, partial(_read, thing), size=thing.size or 0, stamp=thing.stamp,
-                          status="ignored" if why else "", reason=why))
+        items.append(_item(path[len(root) + 1:], describe(url, path, found[path])))
     return items
 
 # %% ../nbs/00f_remote.ipynb #ac7e15b2
@@ -318,10 +317,8 @@ def _list_folder(url: str) -> dict[str, dict[str, Any]]:
     store, path = connect(url)
     try:
         found = ask(partial(store.ls, path, detail=True), path)
-    except FileNotFoundError:
+    except OSError:  # whoever may not list may still read
         return {}
-    except OSError as error:
-        raise _refuse(url, error) from error
     store.invalidate_cache()
     return {info["name"]: info for info in found}
 
@@ -329,16 +326,14 @@ def _list_folder(url: str) -> dict[str, dict[str, Any]]:
 def _find(url: str, folders: dict[str, dict[str, dict[str, Any]]]) -> Item | None:
     folder, store, path = url.rpartition("/")[0], *connect(url)
     try:
-        info = folders[folder].get(path) if folder in folders else ask(partial(store.info, path), path)
+        info = folders[folder].get(path) if folders.get(folder) else ask(partial(store.info, path), path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _refuse(url, error) from error
     if not info or info["type"] != "file":
         return None
-    thing, why = describe(url, path, info), why_ignored(url, stat.S_IFREG)
-    return Item(url, partial(_read, thing), size=thing.size or 0, stamp=thing.stamp,
-                status="ignored" if why else "", reason=why)
+    return _item(url, describe(url, path, info))
 
 # %% ../nbs/00f_remote.ipynb #dea1d916
 def open_objects(
@@ -348,7 +343,7 @@ def open_objects(
     for url in {url.split("://")[0]: url for url in urls}.values():
         _connect_anew(url)
     counts = Counter(url.rpartition("/")[0] for url in urls if url.split("://")[0] in EXTRAS)
+    many = [folder for folder, count in counts.items() if count >= MANY]
     with ThreadPoolExecutor(READERS) as pool:
-        many = [folder for folder, count in counts.items() if count >= MANY]
         folders = dict(zip(many, pool.map(_list_folder, many)))
         return [item for item in pool.map(partial(_find, folders=folders), urls) if item]
