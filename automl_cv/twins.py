@@ -148,7 +148,7 @@ def _measure_all(thumbs: np.ndarray) -> np.ndarray:  # uint8 [N, 16, 16, 3] to f
     return np.concatenate([measure(thumbs[start:start + BLOCK], WHOLE, COARSE) for start in starts])
 
 # %% ../nbs/00k_twins.ipynb #3f1abcc2
-def _plant(points: np.ndarray) -> tuple[cKDTree, np.ndarray]:  # and which point is the tree's first, second, ...
+def _plant(points: np.ndarray) -> tuple[cKDTree, np.ndarray]:  # and the points' order in it
     order = cKDTree(points, LEAF).indices
     return cKDTree(points[order], LEAF), order
 
@@ -161,7 +161,7 @@ def _look_up(thumbs: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:  # first, 
         rows = trees[0][1][start:start + BLOCK]
         points = measure(thumbs[rows], window[None], COARSE) @ metric
         for mirrored, (tree, order) in enumerate(trees):
-            near = tree.query(points, [*range(1, NEAR + 1)], SKIP, distance_upper_bound=RADIUS, workers=-1)[1]
+            near = tree.query(points, [*range(1, NEAR + 1)], SKIP, 2, RADIUS, workers=-1)[1]
             i, rank = np.nonzero(near < len(thumbs))
             first, second = rows[i], order[near[i, rank]]
             if (first != second).any():
@@ -192,7 +192,7 @@ def _improve(thumbs: np.ndarray, pairs: pd.DataFrame) -> pd.DataFrame:
     return pairs.assign(misfit=misfit, **dict(zip(_PLACE, windows.T)))
 
 # %% ../nbs/00k_twins.ipynb #20393c28
-def _pair_equals(thumbs: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:  # one index of each kind, and pairs
+def _pair_equals(thumbs: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:  # one index a kind, and pairs
     kind = pd.factorize(np.array([thumb.tobytes() for thumb in thumbs], object))[0]
     rows = pd.DataFrame({"first": np.arange(len(thumbs))})
     pairs = pd.concat([rows.assign(second=rows["first"].groupby(kind).shift(step))
