@@ -98,8 +98,8 @@ LabelColumn = Annotated[str, typer.Option("--label", help="Column of a table; em
 GroupColumn = Annotated[str, typer.Option("--group", help="Column of what stays together, like a patient.")]
 Fix = Annotated[str, typer.Option(help="Kinds of findings to act on, separated by commas.")]
 Apply = Annotated[Path | None, typer.Option("--apply", help="A review.csv with your decisions.")]
-Gate = Annotated[float, typer.Option(help="Gate on the headline figure (accuracy, or mAP with several labels).",
-                                     min=0, max=1)]
+Gate = Annotated[float, typer.Option(
+    help="Gate on the headline figure (accuracy, or mAP with several labels).", min=0, max=1)]
 
 # %% ../nbs/07a_cli.ipynb #3ffaa853
 def _as_known(error: BaseException) -> AutomlError:

@@ -1,22 +1,30 @@
 """What the data step costs and finds, each figure beside its reference in the same run. Prints JSON.
 
-    python benchmarks/data.py [scan] [grow] [kill] [cache] [faults]     # without words: all of them
+    python benchmarks/data.py [scan] [grow] [kill] [twins] [cache] [faults] [--repeats 3] [--pictures 0]
+
+Without words all parts run.
 
 scan    the whole photograph set in ../shared/data/intel checked end to end, cold and again, its copies counted
 grow    1,000, 10,000 and 100,000 drawn files in up to 1,000 classes: seconds, CPU seconds and memory of a scan
 kill    a check killed at random moments, then the same command: is the manifest the same, was anything read twice
+twins   the search for near-duplicates among 1,000 to 100,000 drawn thumbnails, a hundredth of them planted copies;
+        medians of --repeats, and up to 10,000 beside a search that leaves nothing out
 cache   benchmarks/cache.py: building and reading the decoded pictures against torchvision
-faults  benchmarks/faults.py: planted near-duplicates and wrong labels
+faults  benchmarks/faults.py: planted near-duplicates and wrong labels, in all pictures or in --pictures of them (from
+        600 on)
 
 Needs ../shared/data for scan, cache and faults. Only ratios and CPU seconds compare between machines.
 """
 
+import argparse
 import io
 import json
 import os
 import random
 import resource
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -129,6 +137,63 @@ def seen(home: Path) -> int:
             return 0
 
 
+TWINS = """
+import json, resource, sys, time
+import numpy as np
+from PIL import Image
+from automl_cv import twins
+count, twins.SKIP = int(sys.argv[1]), float(sys.argv[2] or twins.SKIP)
+rng, copies = np.random.default_rng(0), count // 100
+
+def thumb(image, box=None):
+    return np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC, box, 2.0))
+
+def change(image, kind):  # a window of 80 to 100 % of each side, mirrored, or with noise as of a poor JPEG
+    side = rng.uniform(51.2, 64)
+    left, top = rng.uniform(0, 64 - side, 2)
+    if kind == "mirrored":
+        return thumb(image)[:, ::-1]
+    if kind == "noisy":
+        return np.clip(thumb(image) + rng.normal(0, 3, (16, 16, 3)), 0, 255).astype(np.uint8)
+    return thumb(image, (left, top, left + side, top + side))
+
+thumbs, planted = np.empty((count + 3 * copies, 16, 16, 3), np.uint8), []
+for i in range(count):
+    image = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+    thumbs[i] = thumb(image)
+    for kind in ("cropped", "mirrored", "noisy") if i < copies else ():
+        thumbs[count + len(planted)] = change(image, kind)
+        planted.append((kind, i))
+before, drawn = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pairs = twins.list_candidates(thumbs)
+found = {frozenset(pair) for pair in zip(pairs["first"], pairs["second"])}
+hits = [(kind, frozenset((i, count + n)) in found) for n, (kind, i) in enumerate(planted)]
+print(json.dumps({"cpu_seconds": time.process_time() - before, "pairs": len(pairs),
+                  "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "drawn_mb": drawn // 1024,
+                  "recall": {kind: sum(hit for k, hit in hits if k == kind) / copies for kind, _ in planted[:3]}}))
+"""
+
+
+def search(count: int, skip: str) -> dict[str, float]:
+    """Look for copies among drawn thumbnails in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", TWINS, str(count), skip], stdout=subprocess.PIPE, text=True,
+                          check=True)
+    return json.loads(done.stdout)
+
+
+def twins(repeats: int = 3) -> list[dict[str, object]]:
+    """Search ever more thumbnails as the product does, and up to 10,000 through all branches."""
+    rows = []
+    for count in (1_000, 10_000, 40_000, 100_000):
+        for name, skip in (("product", ""), ("all_branches", "0")):
+            if name == "product" or count <= 10_000:
+                runs = [search(count, skip) for _ in range(repeats)]
+                cpu = statistics.median(run["cpu_seconds"] for run in runs)
+                rows.append({"pictures": count, "search": name} | runs[0]
+                            | {"cpu_seconds": round(cpu, 1), "cpu_ms_per_picture": round(1000 * cpu / count, 2)})
+    return rows
+
+
 def other(name: str, *words: str) -> object:
     """Run another benchmark and take its JSON."""
     command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *words]
@@ -136,18 +201,37 @@ def other(name: str, *words: str) -> object:
     return json.loads(done.stdout[done.stdout.index("{"):])
 
 
-def faults() -> dict[str, object]:
+def sample(folder: Path, count: int) -> None:
+    """Copy some of the photographs, evenly spread."""
+    paths = sorted(INTEL.rglob("*.jpg"))
+    for path in [paths[i * len(paths) // count] for i in range(min(count, len(paths)))]:
+        place = folder / path.relative_to(INTEL)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+
+
+def faults(pictures: int = 0) -> dict[str, object]:
     """Plant near-duplicates and wrong labels and look for them."""
-    train = str(INTEL / "train")
-    return {"near_duplicates": other("faults", "twins", str(INTEL)), "mislabels": other("faults", "mislabels", train)}
+    with tempfile.TemporaryDirectory() as room:
+        sample(Path(room), pictures)
+        data = Path(room) if pictures else INTEL
+        return {"near_duplicates": other("faults", "twins", str(data)),
+                "mislabels": other("faults", "mislabels", str(data / "train"))}
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
     """Run the chosen parts."""
-    parts = {"scan": scan, "grow": grow, "kill": kill, "cache": lambda: other("cache", str(INTEL / "train")),
-             "faults": faults}
-    print(json.dumps({name: parts[name]() for name in words or parts}, indent=2))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="PART")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=0)
+    given = parser.parse_args()
+    parts = {"scan": scan, "grow": grow, "kill": kill, "twins": lambda: twins(given.repeats),
+             "cache": lambda: other("cache", str(INTEL / "train")), "faults": lambda: faults(given.pictures)}
+    if unknown := set(given.words) - set(parts):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    print(json.dumps({name: parts[name]() for name in given.words or parts}, indent=2))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

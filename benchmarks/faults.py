@@ -66,7 +66,7 @@ def plant_copies(items: dict, manifest: pd.DataFrame, folder: Path) -> dict[str,
     for path in used.path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(items[path].read())
-    for path in random.permutation(used.path)[:BASES]:
+    for path in random.permutation(used.path.to_list())[:BASES]:
         for kind in CHANGES:
             copy = str(Path(path).with_name(f"{Path(path).stem}_{kind}.jpg"))
             (folder / copy).write_bytes(change(decode(items[path].read())[0], kind, random))
