@@ -49,7 +49,7 @@ def recalibrate(
     if calibration["thresholds"].get("target_accuracy") == target_accuracy:
         return calibration
     if not (run.path / "held_out.npz").exists():
-        say(f"  no held-out answers to calibrate on: nothing is stated at {100 * target_accuracy:g} % accuracy")
+        say(f"  no held-out answers: nothing is stated at {100 * target_accuracy:g} % accuracy")
         return calibration
     with np.load(run.path / "held_out.npz", allow_pickle=False) as answers:
         return JUDGES[task].calibrate(answers["logits"], answers["targets"], target_accuracy)
@@ -110,7 +110,8 @@ def write_bundle(
     policy = make_policy(config.transforms, config.size)
     seen = load_images(run, ("train", "validation"), policy).sample(KNOWN)
     outliers = fit_outliers(extract_features(model, seen.at(config.size)), seen.targets)
-    return export_bundle(model, run.bundle, data["classes"], policy, facts, calibration, config.task, outliers)
+    return export_bundle(model, run.bundle, data["classes"], policy, facts, calibration, config.task,
+                         outliers)
 
 # %% ../nbs/04_train.ipynb #683354eb
 def run_step(
