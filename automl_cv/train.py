@@ -91,7 +91,7 @@ def check_bundle(
     return found
 
 # %% ../nbs/04_train.ipynb #3c037256
-KNOWN = 3000  # training pictures whose features are measured, at most
+KNOWN = 1500  # training pictures whose features are measured, at most
 
 # %% ../nbs/04_train.ipynb #4ae3034e
 def write_bundle(
