@@ -6,7 +6,6 @@
 __all__ = ['open_network', 'torch_probabilities', 'check_parity', 'collect_results', 'explainer', 'run_step']
 
 # %% ../nbs/05_evaluate.ipynb #6589b894
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from .answers import (Answers, answer_rows, draw_confusion, draw_labels, draw_mistakes, draw_trust,
-                               measure)
+from .answers import (Answers, Explain, answer_rows, draw_confusion, draw_labels, draw_mistakes,
+                               draw_trust, measure)
 from .core import AutomlError, Run, atomic_path, say
 from .data import open_test, row_targets
 from .export import annotate_bundle
@@ -90,7 +89,7 @@ def collect_results(
 def explainer(
     bundle: Path,  # a bundle of one of our backbones
     info: dict[str, Any],  # the content of its model.json
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:  # as `gradcam` for this network; None without places
+) -> Explain | None:  # `gradcam` of this network; None where its features keep no places
     """Prepare Grad-CAM for a bundle."""
     model = open_network(bundle, info)
     layer = find_layer(model, info["policy"]["size"])
@@ -101,7 +100,8 @@ def explainer(
 
 # %% ../nbs/05_evaluate.ipynb #9d00743f
 def _draw(run: Run, answers: Answers, predictor: Predictor, record: Record) -> None:
-    draw, explain = draw_confusion if answers.task.exclusive else draw_labels, explainer(run.bundle, predictor.info)
+    draw = draw_confusion if answers.task.exclusive else draw_labels
+    explain = explainer(run.bundle, predictor.info)
     pictures = {"final_model_confusion_matrix": draw(answers), "final_model_trust": draw_trust(answers),
                 "final_model_misclassified_images": draw_mistakes(answers, predictor, explain)}
     for name, figure in pictures.items():
@@ -138,7 +138,7 @@ def run_step(
     value = headline(final)
     say(f"  test {title} {100 * value:.1f} %")
     if final.get("kept_accuracy") is not None:
-        say(f"  {100 * final['kept_accuracy']:.1f} % of the {100 * final['coverage']:.0f} % answered without doubt")
+        say(f"  {100 * final['kept_accuracy']:.1f} % of the {100 * final['coverage']:.0f} % without doubt")
     if value < min_accuracy:
         raise AutomlError("below_gate",
                           f"The test {title} {value:.4f} is below the gate {min_accuracy:.4f}.",

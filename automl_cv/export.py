@@ -280,7 +280,8 @@ def speed_ratio(
     """Compare two graphs' speed here, one picture at a time."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    sessions = [onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"]) for path in (slow, fast)]
+    sessions = [onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+                for path in (slow, fast)]
     spent = np.zeros((rounds, 2))
     for row in spent:
         for place, session in enumerate(sessions):

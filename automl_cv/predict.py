@@ -74,11 +74,12 @@ class Prediction:
     labels: dict[str, float] | None = None  # labels found, in the order of classes, and their probabilities
     uncertain: bool | None = None  # whether to distrust it; None where the bundle has no thresholds for that
     reason: str = ""  # "low_confidence", "unlike_training", or nothing
-    outlier: float | None = None  # distance to the training pictures; None where the bundle does not know them
+    outlier: float | None = None  # distance to the training pictures; None where that is not known
 
     def answer(self) -> dict[str, Any]:
         """Return the fields that every caller gets: three, and those that the bundle knows."""
-        found = {"label": self.label, "confidence": round(self.confidence, 6), "class_index": self.class_index}
+        found: dict[str, Any] = {"label": self.label, "confidence": round(self.confidence, 6),
+                                 "class_index": self.class_index}
         if self.labels is not None:
             found["labels"] = [{"label": name, "probability": round(share, 6)}
                                for name, share in self.labels.items()]

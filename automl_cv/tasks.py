@@ -110,7 +110,8 @@ class Task:
 TASKS: dict[str, Task] = {task.name: task for task in (
     Task("classification", "accuracy", "accuracy", True, softmax, log_shares, pick_best, mark_class,
          class_confidence),
-    Task("multilabel", "map", "mAP", False, sigmoid, log_odds, pass_thresholds, mark_labels, label_confidence),
+    Task("multilabel", "map", "mAP", False, sigmoid, log_odds, pass_thresholds, mark_labels,
+         label_confidence),
 )}
 TITLES = {task.metric: task.title for task in TASKS.values()}
 

@@ -76,6 +76,7 @@ def test_bundle_has_a_temperature_and_a_threshold_for_each_label(done):
     info, tuned = json.loads((done[0].bundle / "model.json").read_text()), done[0].read("tune")
     assert (info["task"], info["metrics"]["metric"]) == ("multilabel", "map")
     assert len(info["temperature"]) == len(info["thresholds"]["labels"]) == len(info["classes"])
+    assert info["thresholds"].pop("ood") > 0 and "ood.npz" in info["files"]
     assert (info["temperature"], info["thresholds"]) == (tuned["temperature"], tuned["thresholds"])
     card = (done[0].bundle / "MODEL_CARD.md").read_text()
     assert "Mean average precision" in card and "Accuracy" not in card
@@ -104,7 +105,7 @@ def test_served_labels_are_those_over_their_thresholds(done, start):
             files = {"file": landscape(seed)}
             answer = httpx.post(f"{server.url}/predict?top_k=99", files=files, trust_env=False).json()
             plain = httpx.post(f"{server.url}/predict", files=files, trust_env=False).json()
-            assert list(plain) == ["label", "confidence", "class_index", "labels"]
+            assert list(plain) == ["label", "confidence", "class_index", "labels", "uncertain", "reason", "outlier"]
             shares = {share["label"]: share["probability"] for share in answer["probabilities"]}
             over = [{"label": name, "probability": shares[name]} for name, least
                     in zip(info["classes"], info["thresholds"]["labels"]) if shares[name] >= least]
