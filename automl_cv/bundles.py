@@ -50,7 +50,7 @@ class Shipment:
     train: Images | None = None  # training pictures, to know the unlike ones by; None for no such knowledge
 
 # %% ../nbs/01i_bundles.ipynb #117a1fb1
-KNOWN = 600  # training pictures are enough to tell what is unlike them; more cost time at each bundle
+KNOWN = 1000  # training pictures are enough to tell what is unlike them; more cost time at each bundle
 
 # %% ../nbs/01i_bundles.ipynb #e184b166
 @torch.inference_mode()

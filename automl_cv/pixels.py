@@ -188,6 +188,16 @@ def to_square(
     return np.asarray(image.resize((size, size), kind, box=box))
 
 # %% ../nbs/00a_pixels.ipynb #d7519fda
+def _lacks_only_its_end(data: bytes) -> bool:
+    end, views = b"\xff\xd9", []
+    for filler in (b"", bytes(64)):  # a scan that is complete takes no notice of more bytes
+        try:
+            views.append(Image.open(io.BytesIO(data + filler + end)).tobytes())
+        except (OSError, ValueError, SyntaxError):
+            return False
+    return data[:2] == b"\xff\xd8" and views[0] == views[1]
+
+# %% ../nbs/00a_pixels.ipynb #60c48632
 def decode(
     data: bytes,  # a file's content
     target: int = 0,  # the side that will be needed, pixels; 0 decodes at full size
@@ -204,8 +214,9 @@ def decode(
         turn = _turn(image)  # after load: getexif loads a PNG too, and hides that it is damaged
         image = _to_rgb(image, notes)
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, MemoryError):
+        repair = "Only its end is missing: open and save it again." if _lacks_only_its_end(data) else ""
         raise AutomlError("damaged_image", "The picture opens, but its pixels cannot be read.",
-                          "Send another copy.") from None
+                          repair or "Send another copy.") from None
     return (image.transpose(turn) if turn is not None else image), notes
 
 # %% ../nbs/00a_pixels.ipynb #9200a518

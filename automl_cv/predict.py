@@ -20,7 +20,7 @@ import onnxruntime
 
 from .core import AutomlError, hash_file, read_json
 from .outliers import load_outliers
-from .pixels import DATASET, UPLOAD, Limits, Policy, centre_crop, decode, to_square
+from .pixels import DATASET, UPLOAD, VERSION, Limits, Policy, centre_crop, decode, to_square
 from .tasks import TASKS
 
 # %% ../nbs/04a_predict.ipynb #0724a605
@@ -35,7 +35,7 @@ def read_bundle(
     try:
         info = read_json(folder / "model.json")
         wrong = [name for name, digest in info["files"].items() if hash_file(folder / name) != digest]
-        known = info["task"] in TASKS
+        known = info["task"] in TASKS and info["policy"]["version"] <= VERSION
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise AutomlError("bundle_damaged", "The bundle is incomplete or its model.json is broken.",
                           "Export it again or copy it again.") from None
@@ -43,7 +43,7 @@ def read_bundle(
         raise AutomlError("bundle_damaged", f"The bundle's {wrong[0]} is not the file that was exported.",
                           "Export it again or copy it again.")
     if not known:
-        raise AutomlError("bundle_damaged", f"The bundle's task {info['task']!r} is unknown.",
+        raise AutomlError("bundle_damaged", "The bundle's task or its pixel policy is unknown here.",
                           "Export it again, or install the automl_cv that made it.")
     return info
 
