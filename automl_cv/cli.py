@@ -139,7 +139,7 @@ def _finish(run: Run, request: Request, execute: Execute, as_json: bool) -> None
         print(json.dumps(results) if as_json else "\n".join(closing_lines(run, results)))
 
 # %% ../nbs/07a_cli.ipynb #46f875ba
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "loss", "map")  # as champion.METRICS, without its weight
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "loss", "map")  # of champion, which would import much
 
 # %% ../nbs/07a_cli.ipynb #619f1458
 def find_run_preset(

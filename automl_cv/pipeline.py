@@ -181,7 +181,7 @@ def plan_train(
     plan: Plan,  # for the time that is left
     left: float,  # seconds for the training; infinite without a budget
 ) -> dict[str, Any]:  # the step's parameters
-    """Choose the final training's parameters: the epochs that fit, or the tuned ones where time is no matter."""
+    """Choose the final training's parameters: the epochs that fit, or the tuned ones without a limit."""
     chosen = _choice(request) | {"epochs": request.epochs}
     if not request.seconds:
         return chosen
@@ -196,8 +196,8 @@ def show_plan(
     """Print a plan and write it down."""
     for row in table:
         fate = row["reason"] or f"{row['expected']:.1%} expected after {row['epochs']:g} epochs"
-        say(f"  {row['name']:22} {row['score']:.3f} on {row['pictures']} pictures, answers {row['forward']:.0f}/s, "
-            f"trains {row['train']:.0f}/s: {fate}")
+        say(f"  {row['name']:22} {row['score']:.3f} on {row['pictures']} pictures, "
+            f"answers {row['forward']:.0f}/s, trains {row['train']:.0f}/s: {fate}")
     time_ = f" in {plan.search_seconds:.0f} s" if plan.search_seconds else ""
     search = f"{plan.trials} trials{time_}" if plan.trials else "no search"
     say(f"  plan: {plan.backbone} at {plan.size}, {search}, then {plan.epochs} epochs of "
@@ -214,7 +214,7 @@ def replan(
     """Plan the rest of the time from what the race measured."""
     baseline, splits = run.read("baseline"), run.read("data")["splits"]
     entrants = [Entrant(**entry) for entry in baseline["entrants"]]
-    pictures = splits["test"] + splits["validation"] / 2  # validation is judged once more after the last epoch
+    pictures = splits["test"] + splits["validation"] / 2  # validation is judged once more at the end
     rest = max(0.0, left - reserve(pictures, max(entrant.forward for entrant in entrants)))
     args = entrants, max(1, splits["train"]), rest
     return make_plan(*args, trials, request.epochs, baseline["pretrained"]), rest, plan_table(*args)

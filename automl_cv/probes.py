@@ -188,5 +188,6 @@ def best_head(
     offer_model(track, config, with_head(model, found.head), found.answers, terms, candidate)
     figures, logits, targets = found.answers
     say(f"  {len(found.table)} heads tried, best {METRICS[figures['metric']]} {abs(worth(figures)):.4f}")
-    return {"figures": figures, "backbone": config.backbone, "size": config.size, "config": asdict(found.config),
-            "tried": len(found.table), "calibration": JUDGES[config.task].calibrate(logits, targets)}
+    return {"figures": figures, "backbone": config.backbone, "size": config.size,
+            "config": asdict(found.config), "tried": len(found.table),
+            "calibration": JUDGES[config.task].calibrate(logits, targets)}
