@@ -118,12 +118,14 @@ def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], 
         write_row(track.run, entrant.candidate())
     config = replace(config, backbone=found[0].backbone, size=found[0].size)
     left = max(1.0, deadline - time.monotonic()) if seconds else 0.0
-    head = best_head(track, config, terms, 0.5 * left)
+    total = track.run.read("data")["splits"]["train"]
+    count = max(300, int(0.5 * left * found[0].forward)) if seconds else 0  # features that the time allows
+    head = best_head(track, config, terms, 0.3 * left, count if count < total else 0)
     model = create_model(config.backbone, 2, config.pretrained)
     suffix = "" if model.pretrained else "_untrained"
     scores |= {f"linear_probe{suffix}": found[0].figures | {"train_images": found[0].pictures},
                f"best_head{suffix}": head["figures"]}
-    found[0] = replace(found[0], figures=head["figures"], pictures=track.run.read("data")["splits"]["train"])
+    found[0] = replace(found[0], figures=head["figures"], pictures=head["train_images"] or total)
     result = {"split": "validation", "entrants": [asdict(entrant) for entrant in found],
               "pretrained": model.pretrained, "origin": model.origin, "history": [],
               **head.pop("calibration")}

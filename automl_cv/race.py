@@ -38,7 +38,7 @@ def useful_sizes(
     sizes = sorted(find_backbone(backbone).sizes)
     if wanted:
         return [wanted] if len(sizes) > 1 or wanted in sizes else sizes
-    return [size for size in sizes if size <= 1.5 * side] or sizes[:1]
+    return [size for size in sizes if size <= 2 * side] or sizes[:1]
 
 # %% ../nbs/01j_race.ipynb #737e6d3e
 SCRATCH = "small_cnn"  # learns from scratch in minutes on a CPU; the others need hours
