@@ -19,7 +19,7 @@ from torch.nn import functional
 from .core import check_stop, track
 from .paths import (Head, Plan, find_scale, follow_paths, log_prior, open_bank, row_weights,
                              unit_length)
-from .scores import rank_pictures, weighted_map
+from .scores import rank_pictures, score_classes, weighted_map
 
 # %% ../nbs/01ca_heads.ipynb #6a06f79b
 @dataclass(frozen=True)
@@ -248,18 +248,10 @@ def judge_logits(
     targets: np.ndarray,  # int64 [N]; or float [N, C] of labels, 0 and 1
 ) -> dict[str, float]:  # loss, accuracy, balanced_accuracy, macro_f1; of labels map too
     """Judge logits by several metrics. Of labels, each figure is the mean over labels."""
-    scores = torch.tensor(logits, dtype=torch.float64)
     if targets.ndim == 2:
-        return _judge_labels(scores, targets)
-    classes = logits.shape[1]
-    loss = functional.cross_entropy(scores, torch.tensor(targets, dtype=torch.int64)).item()
-    pairs = np.bincount(targets * classes + logits.argmax(axis=1), minlength=classes**2)
-    confusion = pairs.reshape(classes, classes)
-    right, true, said = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    shown, known = true > 0, true + said > 0
-    return {"loss": loss, "accuracy": right.sum() / len(targets),
-            "balanced_accuracy": (right[shown] / true[shown]).mean(),
-            "macro_f1": (2 * right[known] / (true + said)[known]).mean()}
+        return _judge_labels(torch.tensor(logits, dtype=torch.float64), targets)
+    figures = score_classes(logits, targets)
+    return {name: figures[name] for name in ("loss", "accuracy", "balanced_accuracy", "macro_f1")}
 
 # %% ../nbs/01ca_heads.ipynb #a8cc5dc7
 def _judge_labels(scores: Tensor, targets: np.ndarray) -> dict[str, float]:

@@ -60,12 +60,17 @@ def score_classes(
     logits: np.ndarray,  # float [N, C]
     targets: np.ndarray,  # int64 [N]
     thresholds: Any = None,  # not used
-) -> dict[str, Any]:  # metric, accuracy, low, high, loss, images
-    """Judge logits against the true classes."""
-    correct = int((logits.argmax(axis=1) == targets).sum())
-    low, high = wilson(correct, len(targets))
-    loss = class_loss(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets))
+) -> dict[str, Any]:  # metric, accuracy, low, high, balanced_accuracy, macro_f1, loss, images
+    """Judge logits against the true classes; one that neither occurs nor was said does not count."""
+    classes, loss = logits.shape[1], class_loss(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets))
+    pairs = np.bincount(targets * classes + logits.argmax(axis=1), minlength=classes**2)
+    confusion = pairs.reshape(classes, classes)
+    right, true, said = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    low, high = wilson(correct := int(right.sum()), len(targets))
+    shown, known = true > 0, true + said > 0
     return {"metric": "accuracy", "accuracy": correct / len(targets), "low": low, "high": high,
+            "balanced_accuracy": float((right[shown] / true[shown]).mean()),
+            "macro_f1": float((2 * right[known] / (true + said)[known]).mean()),
             "loss": loss.item(), "images": len(targets)}
 
 # %% ../nbs/00n_scores.ipynb #a2cac521

@@ -1,0 +1,82 @@
+"""Choosing a model in whole runs: the leaderboard, limits, metrics, and backbones whose weights cannot be had."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_weights import WEIGHTS
+
+QUICK = ("--size", "32", "--batch-size", "8", "--trials", "1", "--max-epochs", "1", "--time", "none")
+SCRATCH = ("--backbone", "small_cnn", "--scratch")
+
+
+def call(home, *words, **env):
+    """Run the command line to its end: exit status, stdout, stderr."""
+    command = [sys.executable, "-c", "from automl_cv.cli import main; main()", *map(str, words)]
+    env = os.environ | {"AUTOML_CV_HOME": str(home), "AUTOML_CV_OFFLINE": "1"} | env
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=400)
+    return done.returncode, done.stdout, done.stderr
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    home = tmp_path_factory.mktemp("engine")
+    status, _, err = call(home, "run", "demo:24", "--out", home / "run", *SCRATCH, *QUICK, "--metric", "loss")
+    assert status == 0, err
+    return home / "run"
+
+
+def test_bundle_holds_the_best_of_the_leaderboard(finished):
+    rows = [row for row in read(finished, "leaderboard.json") if row["figures"]]
+    stages = {row["stage"] for row in rows}
+    assert {"race", "head", "fine-tune"} <= stages
+    best = min(rows, key=lambda row: row["figures"]["loss"])
+    info = read(finished, "model/model.json")
+    assert rows[0]["name"] == best["name"] == info["candidate"]
+    assert info["validation"]["loss"] == best["figures"]["loss"]
+    assert (finished / "leaderboard.png").stat().st_size > 5000
+
+
+def test_metric_is_written_down(finished):
+    assert {row["figures"]["metric"] for row in read(finished, "leaderboard.json") if row["figures"]} == {"loss"}
+    assert read(finished, "plan.json")["backbone"] == "small_cnn"
+
+
+def test_metric_of_another_task_is_refused(tmp_path):
+    status, _, err = call(tmp_path, "run", "demo:6", "--out", tmp_path / "run", *SCRATCH, *QUICK, "--metric", "map")
+    assert status == 2 and "There is no metric 'map' for this task." in err and "Traceback" not in err
+
+
+def test_no_model_within_the_limits(tmp_path):
+    status, _, err = call(tmp_path, "run", "demo:6", "--out", tmp_path / "run", *SCRATCH, *QUICK,
+                          "--max-size-mb", "0.001")
+    assert status == 1 and "[no_model_fits]" in err and "0.001 are allowed" in err
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_backbones_without_weights_are_named_and_nothing_pretends(tmp_path):
+    status, out, err = call(tmp_path, "run", "demo:6", "--out", tmp_path / "run", *QUICK, AUTOML_CV_WEIGHTS="",
+                            TORCH_HOME=str(tmp_path / "empty"), HF_HOME=str(tmp_path / "none"))
+    assert status == 0, err
+    assert "TRAINS FROM SCRATCH" in out + err
+    reasons = {row["name"]: row["reason"] for row in read(tmp_path / "run", "leaderboard.json")}
+    assert reasons["resnet18"] and reasons["vit_b_16"]
+    info = read(tmp_path / "run", "model/model.json")
+    assert (info["backbone"], info["pretrained"]) == ("small_cnn", False)
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="LOUD: ../shared/weights is absent")
+def test_auto_races_the_backbones_whose_weights_are_there(tmp_path):
+    status, out, err = call(tmp_path, "run", "demo:20", "--out", tmp_path / "run", "--time", "none", "--trials", "1",
+                            "--max-epochs", "1", AUTOML_CV_WEIGHTS=str(WEIGHTS), TORCH_HOME=str(tmp_path / "empty"))
+    assert status == 0, err
+    entrants = read(tmp_path / "run", "baseline.json")["entrants"]
+    assert {(entry["backbone"], entry["size"]) for entry in entrants} == {
+        ("mobilenet_v2", 128), ("mobilenet_v2", 160), ("mobilenet_v2", 192)}
+    info = read(tmp_path / "run", "model/model.json")
+    assert (info["backbone"], info["pretrained"]) == ("mobilenet_v2", True)
