@@ -195,7 +195,8 @@ def show_plan(
 ) -> None:
     """Print a plan and write it down."""
     for row in table:
-        fate = row["reason"] or f"{row['expected']:.1%} expected after {row['epochs']:g} epochs"
+        epochs = f"{row['epochs']:g} epochs" if row["epochs"] < 1e6 else "any epochs"
+        fate = row["reason"] or f"{row['expected']:.1%} expected after {epochs} of {row['scope']}"
         say(f"  {row['name']:22} {row['score']:.3f} on {row['pictures']} pictures, "
             f"answers {row['forward']:.0f}/s, trains {row['train']:.0f}/s: {fate}")
     time_ = f" in {plan.search_seconds:.0f} s" if plan.search_seconds else ""
@@ -216,8 +217,8 @@ def replan(
     entrants = [Entrant(**entry) for entry in baseline["entrants"]]
     pictures = splits["test"] + splits["validation"] / 2  # validation is judged once more at the end
     rest = max(0.0, left - reserve(pictures, max(entrant.forward for entrant in entrants)))
-    args = entrants, max(1, splits["train"]), rest
-    return make_plan(*args, trials, request.epochs, baseline["pretrained"]), rest, plan_table(*args)
+    args, pretrained = (entrants, max(1, splits["train"]), rest), baseline["pretrained"]
+    return make_plan(*args, trials, request.epochs, pretrained), rest, plan_table(*args, pretrained)
 
 # %% ../nbs/07_pipeline.ipynb #8866ebe9
 HURRY = 30  # seconds for the evaluation; with less, torch's answers are compared for some test pictures only

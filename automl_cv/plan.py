@@ -64,10 +64,15 @@ def drop(
 # %% ../nbs/01gb_plan.ipynb #fb7fac71
 def expected_error(
     probe_error: float,  # of the linear probe, 0 to 1
-    epochs: float,  # of fine-tuning
+    epochs: float,  # of training
+    scope: str = "all",  # what is trained: "head", "last" or "all"
 ) -> float:  # 0 to 1
-    """Guess the error after fine-tuning."""
-    return probe_error * (0.45 + 0.55 * math.exp(-epochs / 2))
+    """Guess the error after training."""
+    if scope == "head":
+        return probe_error
+    if scope == "last":
+        return probe_error * (0.75 + 0.25 * math.exp(-epochs))
+    return probe_error * (0.45 + 0.55 * math.exp(-max(0.0, epochs - 0.7) / 1.5))
 
 # %% ../nbs/01gb_plan.ipynb #d4320093
 @dataclass(frozen=True)
@@ -101,25 +106,27 @@ def affordable(
     entrant: Entrant,  # after a race
     pictures: int,  # in the training split
     seconds: float,  # left; infinite without a limit
+    pretrained: bool = True,  # from scratch, only the whole network is worth training
 ) -> tuple[str, float]:  # "head", "last" or "all"; epochs of that
-    """Say how much of a network can be trained in some time."""
-    epochs = seconds * entrant.train / pictures
-    if epochs >= 0.5:
-        return "all", epochs
-    last = seconds * entrant.forward / pictures / 1.3  # a frozen body needs no backward pass
-    return ("last", last) if last >= 1 else ("head", 0.0)
+    """Choose what is trained of a network in some time: what is expected to leave the least error."""
+    speeds = {"head": 0.0, "last": entrant.forward / 1.6} if pretrained else {}
+    epochs = {scope: seconds * speed / pictures if speed else 0.0
+              for scope, speed in (speeds | {"all": entrant.train}).items()}
+    least = {scope: expected_error(1.0, min(count, ENOUGH[pretrained]), scope) for scope, count in epochs.items()}
+    scope = min(least, key=least.get)
+    return scope, epochs[scope]
 
 # %% ../nbs/01gb_plan.ipynb #e3c98877
 def outlook(
     entrant: Entrant,  # after a race
     pictures: int,  # in the training split
     seconds: float,  # left; infinite without a limit
-    enough: int = ENOUGH[True],  # the most epochs
+    pretrained: bool = True,
 ) -> float:  # 0 to 1
     """Guess what accuracy an entrant can reach."""
-    scope, epochs = affordable(entrant, pictures, seconds)
+    scope, epochs = affordable(entrant, pictures, seconds, pretrained)
     error = 1 - entrant.figures.get("accuracy", abs(worth(entrant.figures)))
-    return 1 - (expected_error(error, min(epochs, enough)) if scope == "all" else error)
+    return 1 - expected_error(error, min(epochs, ENOUGH[pretrained]), scope)
 
 # %% ../nbs/01gb_plan.ipynb #b07b3155
 def make_plan(
@@ -133,25 +140,27 @@ def make_plan(
     """Choose how the rest of the time is spent."""
     enough = ENOUGH[pretrained]
     running = [e for e in entrants if not e.reason] or entrants
-    best = max(running, key=lambda e: outlook(e, pictures, seconds, enough))
-    scope, most = affordable(best, pictures, seconds)
+    best = max(running, key=lambda e: outlook(e, pictures, seconds, pretrained))
+    scope, most = affordable(best, pictures, seconds, pretrained)
+    trials = trials if scope == "all" else 0
     final, search = share_out(most, trials, enough) if math.isfinite(most) else (enough, math.inf)
     search_seconds = seconds * search / most if math.isfinite(seconds) and most else 0.0
     return Plan(best.backbone, best.size, scope, epochs or max(1, math.ceil(final - 0.2)),
                 trials if search else 0, round(search_seconds, 1),
-                round(outlook(best, pictures, seconds, enough), 4),
-                f"{most:.1f} epochs fit into {seconds:.0f} s at {best.train:.0f} pictures/s" if most < 1e6
-                else "no limit on time")
+                round(outlook(best, pictures, seconds, pretrained), 4),
+                f"{most:.1f} epochs fit into {seconds:.0f} s" if most < 1e6 else "no limit on time")
 
 # %% ../nbs/01gb_plan.ipynb #ffc2ff30
 def plan_table(
     entrants: list[Entrant],  # of a race
     pictures: int,  # in the training split
     seconds: float,  # left for search and training; infinite without a limit
-) -> list[dict[str, Any]]:  # name, score, pictures, forward, train, epochs, expected, reason
+    pretrained: bool = True,
+) -> list[dict[str, Any]]:  # name, score, pictures, forward, train, scope, epochs, expected, reason
     """Say of each entrant what it scored, what it would cost, and why it was left behind."""
+    args = pictures, seconds, pretrained
     return [{"name": e.name, "score": abs(worth(e.figures)), "pictures": e.pictures,
-             "forward": round(e.forward, 1), "train": round(e.train, 1),
-             "epochs": round(min(1e6, affordable(e, pictures, seconds)[1]), 1),
-             "expected": round(outlook(e, pictures, seconds), 4), "reason": e.reason}
+             "forward": round(e.forward, 1), "train": round(e.train, 1), "scope": affordable(e, *args)[0],
+             "epochs": round(min(1e6, affordable(e, *args)[1]), 1),
+             "expected": round(outlook(e, *args), 4), "reason": e.reason}
             for e in entrants if e.figures]
