@@ -67,6 +67,7 @@ function drawRow({ element, found, trouble }) {
   element.className = trouble ? "failed" : found ? "" : "waiting";
   answer.replaceChildren(found ? names(found) : make("span", "soft", trouble ? "" : "waiting"));
   share.replaceChildren();
+  [share.hidden, answer.colSpan] = [Boolean(trouble), trouble ? 2 : 1]; // what is wrong needs the room
   if (found) share.append(make("span", "number", percent(found.confidence)), bar(found.confidence));
   if (found?.uncertain) {
     answer.append(make("span", "tag", found.reason === "unlike_training" ? "unlike the training" : "not sure"));
@@ -107,6 +108,7 @@ function refresh() {
   if (leftOut) parts.push(`${leftOut} hidden ${leftOut === 1 ? "file" : "files"} left out`);
   if (shown.length < rows.length) parts.push(`${shown.length} shown`);
   find("status").textContent = parts.join(", ");
+  find("said").textContent = running ? "" : parts.join(", "); // read aloud once, not for every file
   [find("progress").max, find("progress").value] = [rows.length || 1, done];
   find("progress").hidden = !running;
   find("stop").hidden = !running;
@@ -116,6 +118,7 @@ function refresh() {
     shown.length < rows.length ? `Download CSV (${shown.length} of ${rows.length} rows)` : "Download CSV";
   find("results").hidden = !rows.length && !running;
   find("empty").hidden = rows.length > 0;
+  drop.classList.toggle("slim", rows.length > 0); // the table is what matters now
   find("nothing").hidden = shown.length > 0 || !rows.length;
   return shown;
 }
