@@ -382,6 +382,18 @@ def test_a_batch_of_several_labels(open_page, start, plain, tmp_path):
         assert page.locator("#rows tr:visible .file").all_inner_texts() == ["yellow.png"]
 
 
+def test_a_long_table_is_drawn_in_parts(open_page, server, plain, tmp_path):
+    for n in range(203):
+        (tmp_path / f"{n}.png").write_bytes(plain("red"))
+    page = open_page(f"{server.url}/batch")
+    page.set_input_files("#folder", tmp_path)
+    page.wait_for_selector("#download:enabled")
+    assert page.locator("#rows tr:visible").count() == 200
+    page.click("text=Show 3 more of 203 rows")
+    assert page.locator("#rows tr:visible").count() == 203 and page.is_hidden("#more")
+    assert len(download(page)) == 204
+
+
 def test_failed_rows_are_tried_again(open_page, server, plain):
     page = open_page(f"{server.url}/batch")
     page.context.set_offline(True)
