@@ -225,6 +225,7 @@ function start(jobs) {
   if (stop.signal.aborted) stop = new AbortController();
   queue.push(...jobs);
   for (let i = 0; i < AT_ONCE; i += 1) run();
+  refresh();
 }
 
 function take(items) {
@@ -259,4 +260,4 @@ find("more").addEventListener("click", () => {
   room += ROOM;
   refresh();
 });
-for (const id of ["label", "low", "high"]) find(id).addEventListener("input", plan);
+for (const id of ["label", "low", "high"]) find(id).addEventListener("input", refresh);
