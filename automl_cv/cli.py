@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Fix', 'Apply', 'Gate', 'METRICS',
            'closing_lines', 'command', 'told', 'find_run_preset', 'run', 'resume', 'check_facts', 'check_lines',
-           'check_folder', 'check', 'part_name', 'predict', 'serve', 'main']
+           'check_folder', 'check', 'part_name', 'predict', 'serve', 'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
 import json
@@ -20,6 +20,8 @@ import typer
 
 from .batch import print_table, walk, write_table
 from .core import AutomlError, Run, hash_bytes, home, open_run, parse_time, stop_on_signals
+from .deploy import Target
+from .deploy import deploy as deploy_bundle
 from .pipeline import PRESETS, Execute, Preset, Request, call_step, run_notebook, run_pipeline
 from .predict import Predictor, read_bundle
 from .tasks import TITLES, headline
@@ -281,6 +283,25 @@ def serve(
     with told():
         read_bundle(bundle)
         run_server(str(bundle), host, port)
+
+# %% ../nbs/07a_cli.ipynb #70674c33
+@cli.command()
+def deploy(
+    bundle: Bundle,
+    project: Annotated[str, typer.Option(help="Google Cloud project.")],
+    region: Annotated[str, typer.Option(help="Like europe-west1.")],
+    service: Annotated[str, typer.Option(help="The service's name.")] = Target.service,
+    repository: Annotated[str, typer.Option(help="Of Artifact Registry.")] = Target.repository,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody call it.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="On an NVIDIA L4.")] = False,
+    bucket: Annotated[str, typer.Option(help="Also deploy the job for large batches, on this bucket.")] = "",
+    account: Annotated[str, typer.Option(help="Service account that asks for health.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Build, push and deploy a bundle to Cloud Run; requests only once it answers. Run it in a checkout."""
+    with told():
+        target = Target(project, region, service, repository, public, gpu, bucket, account)
+        deploy_bundle(bundle, target, Path.cwd(), dry_run)
 
 # %% ../nbs/07a_cli.ipynb #01cba6aa
 def main() -> None:
