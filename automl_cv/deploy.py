@@ -59,8 +59,9 @@ def name_release(
     if not (root / "Dockerfile").exists():
         raise AutomlError("missing_file", "There is no Dockerfile here.", "Deploy from a checkout.")
     name, digest = read_bundle(bundle)["name"], hash_file(bundle / "model.onnx")
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    commit, stamp = git.stdout.strip(), datetime.now(timezone.utc).strftime("%y%m%d-%H%M%S")
+    ask = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    stamp = datetime.now(timezone.utc).strftime("%y%m%d-%H%M%S")
     place = f"{target.region}-docker.pkg.dev/{target.project}/{target.repository}"
     return Release(home() / "deploy" / target.service,
                    f"{place}/{target.service}:{commit[:8] or 'local'}-{digest[:8]}",

@@ -23,6 +23,13 @@ def pictures(tmp_path_factory, plain):
     return folder
 
 
+def test_command_line_is_light():
+    """The image has no training packages, and its job calls `automl-cv predict`."""
+    heavy = ("torch", "pandas", "matplotlib", "scipy", "sklearn", "optuna", "mlflow", "pyarrow", "safetensors")
+    code = f"import sys, automl_cv.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def start(*words):
     """Run the command line as a user does."""
     command = [sys.executable, "-c", "from automl_cv.cli import main; main()", "predict", *map(str, words)]
