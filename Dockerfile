@@ -5,11 +5,12 @@ FROM python:3.12-slim AS build
 WORKDIR /src
 COPY constraints.txt setup.py settings.ini pyproject.toml README.md ./
 COPY automl_cv automl_cv
-# What the service never reads stays out: pip, the packages' own tests, type stubs, headers, converters.
+# What the service never reads stays out: pip, the packages' own tests, type stubs, headers, converters, and the second copy
+# of onnxruntime, which is for programs in C.
 RUN python -m venv --without-pip /opt/automl_cv \
  && pip --python /opt/automl_cv/bin/python install --no-cache-dir --no-compile -c constraints.txt ".[serve]" \
  && cd /opt/automl_cv/lib/python3*/site-packages \
- && rm -rf onnxruntime/transformers onnxruntime/quantization onnxruntime/tools numpy/f2py \
+ && rm -rf onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/capi/libonnxruntime.so* numpy/f2py \
  && find . -type d \( -name tests -o -name include \) -prune -exec rm -rf {} + \
  && find . -type f \( -name '*.pyi' -o -name '*.a' \) -delete
 ARG BUNDLE=outputs/runs/demo/model
@@ -35,6 +36,8 @@ ENV PATH=/opt/automl_cv/bin:$PATH PYTHONPYCACHEPREFIX=/opt/automl_cv/bytecode PY
 COPY --from=build /opt/automl_cv /opt/automl_cv
 COPY --from=build /model /model
 USER 10001:10001
+# The one place that is written to: uploads over 1 MB wait here. It stays writable when the root is read-only.
+VOLUME /tmp
 EXPOSE 8080
 # An exec form, so that the server itself gets SIGTERM; it reads PORT.
 CMD ["python", "-m", "automl_cv.serve"]

@@ -262,7 +262,7 @@ def predict(
     task: Annotated[int, typer.Option(envvar="CLOUD_RUN_TASK_INDEX", help="Which share, from 0.", min=0)] = 0,
     tasks: Annotated[int, typer.Option(envvar="CLOUD_RUN_TASK_COUNT", help="How many share.", min=1)] = 1,
 ) -> None:
-    """Classify pictures into a table: file, label, confidence, probabilities, error. Resumes after a break."""
+    """Classify pictures into a table, with probabilities and errors; goes on after a break."""
     with told(), stop_on_signals():
         table = csv_file and part_name(csv_file, task, tasks)
         predictor, files = Predictor(bundle), [path for path in walk(paths) if path != table][task::tasks]

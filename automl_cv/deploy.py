@@ -88,8 +88,8 @@ def list_commands(
         "replace": [*run, "replace", f"{release.folder}/service.yaml", *here, "--quiet"],
         "describe": [*run, "describe", target.service, *here, "--format", "json"],
         "token": ["gcloud", "auth", "print-identity-token", *token],
-        "traffic": [*run, "update-traffic", target.service, "--to-revisions", f"{release.revision}=100", *here,
-                    "--quiet"],
+        "traffic": [*run, "update-traffic", target.service, "--to-revisions", f"{release.revision}=100",
+                    *here, "--quiet"],
         "public": [*run, "add-iam-policy-binding", target.service, *everybody, *here, "--quiet"],
         "job": ["gcloud", "run", "jobs", "replace", f"{release.folder}/job.yaml", *here, "--quiet"],
     }
@@ -141,7 +141,8 @@ def _run(words: list[str], read: bool = False) -> Any:
     try:
         done = subprocess.run(words, stdout=subprocess.PIPE if read else None, text=True)
     except FileNotFoundError:
-        raise AutomlError("missing_extra", "gcloud is not installed.", "Install the Google Cloud CLI.") from None
+        raise AutomlError("missing_extra", f"{words[0]} is not installed.",
+                          "Install the Google Cloud CLI.") from None
     if done.returncode:
         raise AutomlError("not_ready", f"This failed: {shlex.join(words)}.", "The lines above say why.")
     return done.stdout
@@ -172,9 +173,8 @@ def await_health(
     seconds: float = HEALTH_SECONDS,  # the longest wait
 ) -> None:
     """Return as soon as a revision says that it is ready. Raises AutomlError not_ready."""
-    request, end = urllib.request.Request(f"{url}/health/ready", headers={"Authorization": f"Bearer {token}"}), \
-        time.monotonic() + seconds
-    said = "nothing"
+    request = urllib.request.Request(f"{url}/health/ready", headers={"Authorization": f"Bearer {token}"})
+    end, said = time.monotonic() + seconds, "nothing"
     while time.monotonic() < end:
         try:
             return OPENER.open(request, timeout=10).close()

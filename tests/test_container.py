@@ -90,7 +90,7 @@ def test_image_holds_what_it_needs(held):
 def test_image_says_what_it_is(held, bundle):
     name, _ = held
     facts, info = config(name), json.loads((bundle / "model.json").read_text())
-    assert facts["User"] == "10001:10001" and "PORT=8080" in facts["Env"]
+    assert facts["User"] == "10001:10001" and list(facts["Volumes"]) == ["/tmp"] and "PORT=8080" in facts["Env"]
     labels = facts["Labels"]
     assert labels["automl_cv.model.name"] == info["name"]
     assert labels["automl_cv.model.sha256"] == info["files"]["model.onnx"]
@@ -125,11 +125,12 @@ def test_nothing_is_compiled_at_the_start(held):
 
 @contextmanager
 def read_only(root, words, **env):
-    """Run a program of the image as its user, below a root on which nobody can write, without capabilities."""
+    """Run a program of the image as its user, below a root on which nobody can write but for its volume."""
     script = ('mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && mount -t proc proc "$0/proc" && '
+              'mount -t tmpfs tmpfs "$0/tmp" && '
               'exec chroot --userspec=10001:10001 --groups= "$0" "$@"')
     command = ["unshare", "--mount", "bash", "-c", script, str(root), *words]
-    known = {"PATH": "/opt/automl_cv/bin:/usr/local/bin:/usr/bin:/bin", "AUTOML_CV_MODEL": "/model",
+    known = {"PATH": "/opt/automl_cv/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin", "AUTOML_CV_MODEL": "/model",
              "PYTHONPYCACHEPREFIX": "/opt/automl_cv/bytecode", "PYTHONDONTWRITEBYTECODE": "1"} | env
     process = subprocess.Popen(command, env=known, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -143,10 +144,13 @@ def test_read_only_root_is_enough(held, free):
     picture = io.BytesIO()
     Image.effect_noise((1600, 1600), 90).convert("RGB").save(picture, "PNG")
     assert picture.tell() > 3_000_000  # more than a form keeps in memory by itself
+    with read_only(held[1], ["touch", "/model/x", "/opt/x", "/x"]) as process:
+        assert process.communicate(timeout=30)[1].count("Read-only file system") == 3
     url = f"http://127.0.0.1:{free}"
     with read_only(held[1], ["python", "-m", "automl_cv.serve"], HOST="127.0.0.1", PORT=str(free)) as process:
         wait_ready(url, 60, alive=lambda: process.poll() is None)
         reply = httpx.post(f"{url}/predict", files={"file": picture.getvalue()}, trust_env=False, timeout=30)
+        assert reply.status_code == 200, reply.text
         assert (reply.status_code, set(reply.json()) >= {"label", "confidence", "class_index"}) == (200, True)
         started = time.monotonic()
         process.terminate()
