@@ -80,8 +80,7 @@ def original_config(
 
 # %% ../nbs/02_baseline.ipynb #5a688e02
 def _simple(track: Track, size: int) -> dict[str, Any]:
-    run = track.run
-    train, asked = (track.images(split, size, count) for split, count in (("train", 2000), ("validation", 1000)))
+    run, train, asked = track.run, track.images("train", size, 2000), track.images("validation", size, 1000)
     classes = len(run.read("data")["classes"])
     logits = {"majority": majority_logits(train.targets, len(asked), classes, run.read("data")["task"]),
               "linear_pixels": probe_pixels(train, asked, classes)}
@@ -119,13 +118,17 @@ def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], 
         write_row(track.run, entrant.candidate())
     config = replace(config, backbone=found[0].backbone, size=found[0].size)
     left = max(1.0, deadline - time.monotonic()) if seconds else 0.0
-    head = best_head(track, config, terms, 0.5 * left)
+    total = track.run.read("data")["splits"]["train"]
+    count = max(300, int(0.5 * left * found[0].forward)) if seconds else 0  # features that the time allows
+    head = best_head(track, config, terms, 0.3 * left, count if count < total else 0)
     model = create_model(config.backbone, 2, config.pretrained)
     suffix = "" if model.pretrained else "_untrained"
     scores |= {f"linear_probe{suffix}": found[0].figures | {"train_images": found[0].pictures},
                f"best_head{suffix}": head["figures"]}
+    found[0] = replace(found[0], figures=head["figures"], pictures=head["train_images"] or total)
     result = {"split": "validation", "entrants": [asdict(entrant) for entrant in found],
-              "pretrained": model.pretrained, "origin": model.origin, "history": [], **head.pop("calibration")}
+              "pretrained": model.pretrained, "origin": model.origin, "history": [],
+              **head.pop("calibration")}
     if config.epochs:
         training = _fine_tune(track, config, record)
         asked = track.images("validation", config.size).targets
@@ -156,8 +159,9 @@ def run_step(
     entrants, absent = line_up(backbone, size, pretrained, usual_side(run))
     for missing, why in absent.items():
         write_row(run, Candidate(missing, "race", missing, size, reason=why))
-    config = standard_config(entrants[0].backbone, pretrained, task=run.read("data")["task"], size=entrants[0].size,
-                             transforms=transforms, epochs=epochs, batch_size=batch_size, seed=seed)
+    config = standard_config(entrants[0].backbone, pretrained, task=run.read("data")["task"],
+                             transforms=transforms, size=entrants[0].size, epochs=epochs,
+                             batch_size=batch_size, seed=seed)
     terms = Terms(Limits(max_milliseconds, max_megabytes), target_accuracy, name)
     with tracked_step(run, "baseline", config.as_dict()) as record:
         found = _judge(track, config, terms, entrants, seconds, record)

@@ -16,6 +16,7 @@ import torch
 
 from .cache import Images
 from .core import AutomlError, Run
+from .engines import extract_features
 from .export import export_bundle, onnx_logits, parity, torch_logits
 from .heads import Head
 from .learner import Config
@@ -50,10 +51,9 @@ class Shipment:
     train: Images | None = None  # training pictures, to know the unlike ones by; None for no such knowledge
 
 # %% ../nbs/01i_bundles.ipynb #117a1fb1
-KNOWN = 1000  # training pictures are enough to tell what is unlike them; more cost time at each bundle
+KNOWN = 500  # training pictures are enough to tell what is unlike them; more cost time at each bundle
 
-# %% ../nbs/01i_bundles.ipynb #e184b166
-@torch.inference_mode()
+
 def learn_outliers(
     model: Classifier,  # trained, on the CPU
     images: Images,  # training pictures
@@ -61,9 +61,7 @@ def learn_outliers(
 ) -> tuple[Outliers, float]:  # and the score above which a picture is unlike the training pictures
     """Measure where a network's features of training pictures lie."""
     some = images.sample(KNOWN)
-    array = some.at(size)
-    parts = [model.features(torch.tensor(array[i:i + 64])).float() for i in range(0, len(some), 64)]
-    return fit_outliers(torch.cat(parts).numpy(), some.targets)
+    return fit_outliers(extract_features(model, some.at(size), "onnxruntime"), some.targets)
 
 # %% ../nbs/01i_bundles.ipynb #cdd43e45
 def write_bundle(

@@ -189,12 +189,12 @@ def leaderboard(
 ) -> "pd.DataFrame":  # one row per candidate, best first
     """Put the leaderboard into a table."""
     import pandas as pd  # here, so that the command line starts without it
-    rows = [{name: row[name] for name in ("name", "stage", "epochs", "seconds", "milliseconds", "megabytes")}
-            | {name: row["figures"].get(name) for name in ("low", "high")}
-            | {"score": row["figures"].get(row["figures"].get("metric")), "dropped": row["reason"]}
-            for row in read_rows(run)]
-    order = ["name", "stage", "score", "low", "high", "milliseconds", "megabytes", "epochs", "seconds", "dropped"]
-    return pd.DataFrame(rows, columns=order)
+    own, judged = ("milliseconds", "megabytes", "epochs", "seconds"), ("low", "high")
+    rows = [{"name": row["name"], "stage": row["stage"],
+             "score": row["figures"].get(row["figures"].get("metric"))}
+            | {name: row["figures"].get(name) for name in judged} | {name: row[name] for name in own}
+            | {"dropped": row["reason"]} for row in read_rows(run)]
+    return pd.DataFrame(rows, columns=["name", "stage", "score", *judged, *own, "dropped"])
 
 # %% ../nbs/01g_champion.ipynb #95dce9f8
 def pareto(
@@ -220,9 +220,9 @@ def draw_leaderboard(
         spread = [(table.score - low).clip(lower=0), (high - table.score).clip(lower=0)]
         axes.errorbar(table.milliseconds, table.score, spread, fmt="o", color="#7a8794", ecolor="#d5dbe1")
         front = table[pareto(table)].sort_values("milliseconds")
-        axes.plot(front.milliseconds, front.score, "o-", color="#1b6fb3", label="nothing is better and cheaper")
+        axes.plot(front.milliseconds, front.score, "o-", color="#1b6fb3", label="none is better and cheaper")
         for row in front.itertuples():
-            axes.annotate(row.name, (row.milliseconds, row.score), (6, -12), textcoords="offset points", fontsize=9)
+            axes.annotate(row.name, (row.milliseconds, row.score), (6, -12), textcoords="offset points")
         axes.legend(frameon=False, loc="lower right")
     axes.set(xlabel="CPU milliseconds per picture", ylabel="validation score, 95 % interval")
     axes.spines[["top", "right"]].set_visible(False)

@@ -33,7 +33,7 @@ def closing_lines(
 ) -> list[str]:
     """Write what a user wants to know at the end: figures, where things are, and what to type next."""
     lines = ["", f"{'':10}{TITLES[results['final']['metric']]:>9}  95 % interval    measured on"]
-    for name in ("baseline", "tuned", "final"):
+    for name in ("baseline", "tuned", "champion", "final"):
         if entry := results.get(name):
             lines.append(f"{name:10}{headline(entry):>9.1%}  {entry['low']:.1%} to {entry['high']:.1%}   "
                          f"{entry['split']}, {entry['images']} pictures")
@@ -41,6 +41,7 @@ def closing_lines(
         lines.append("Trained from scratch, without pretrained weights.")
     return lines + ["", f"Pictures  {run.path}/final_model_confusion_matrix.png",
                     f"          {run.path}/final_model_misclassified_images.png",
+                    f"Tried     {run.path}/leaderboard.json, leaderboard.png",
                     f"Report    {run.path}/report.html",
                     f"Bundle    {run.bundle}", "", f"Serve it  {command()} serve {run.bundle}",
                     "Ask it    curl -F file=@picture.jpg http://127.0.0.1:8000/predict"]
@@ -105,7 +106,7 @@ def _finish(run: Run, request: Request, execute: Execute, as_json: bool) -> None
         print(json.dumps(results) if as_json else "\n".join(closing_lines(run, results)))
 
 # %% ../nbs/07a_cli.ipynb #46f875ba
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "loss", "map")  # as champion.METRICS, without its weight
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "loss", "map")  # of champion, which would import much
 
 # %% ../nbs/07a_cli.ipynb #619f1458
 def find_run_preset(

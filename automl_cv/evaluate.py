@@ -57,17 +57,18 @@ def torch_probabilities(
 # %% ../nbs/05_evaluate.ipynb #f3d45e0b
 def check_parity(
     answers: Answers,  # of the bundle
-    expected: np.ndarray,  # float [N, C], torch's probabilities for the same pictures
-) -> dict[str, float]:  # max_difference, changed_labels
+    expected: np.ndarray,  # float [M, C], torch's probabilities for the first M of the same pictures
+) -> dict[str, float]:  # max_difference, changed_labels, images
     """Compare a bundle's answers with torch's. Raises AutomlError bundle_damaged."""
-    worst = float(np.abs(answers.probabilities - expected).max())
-    others = answers.task.decide(expected, answers.thresholds) != answers.said
+    count = len(expected)
+    worst = float(np.abs(answers.probabilities[:count] - expected).max())
+    others = answers.task.decide(expected, answers.thresholds) != answers.said[:count]
     changed = int(others.any(axis=1).sum())
     if worst > 1e-4 or (changed and answers.task.exclusive):
         raise AutomlError("bundle_damaged",
                           f"The bundle differs from the trained model: {worst:.2g}, {changed} labels.",
                           "Export it with the pinned versions of constraints.txt.")
-    return {"max_difference": worst, "changed_labels": changed}
+    return {"max_difference": worst, "changed_labels": changed, "images": count}
 
 # %% ../nbs/05_evaluate.ipynb #838ac5ef
 def collect_results(
@@ -76,7 +77,9 @@ def collect_results(
 ) -> dict[str, Any]:  # the content of results.json
     """Put the run's figures side by side."""
     baseline, tuned, train, data = (run.read(name, {}) for name in ("baseline", "tune", "train", "data"))
-    results = {"baseline": baseline.get("scores", {}).get("fine_tune", {}), "tuned": tuned.get("scores", {})}
+    shown = list(baseline.get("scores", {}).values())[-1:]  # the last one is the most expensive
+    results = {"baseline": shown[0] if shown else {}, "tuned": tuned.get("scores", {}),
+               "champion": train.get("validation", {})}
     results = {name: entry | {"split": "validation"} for name, entry in results.items() if entry}
     return results | {"final": final | {"split": "test"}, "baselines": baseline.get("scores", {}),
                       "config": train.get("config", {}), "pretrained": train.get("pretrained"),
@@ -110,12 +113,13 @@ def _draw(run: Run, answers: Answers, predictor: Predictor, record: Record) -> N
         record.log_file(run.path / f"{name}.png")
 
 # %% ../nbs/05_evaluate.ipynb #1848a9e1
-def _judge(run: Run, record: Record) -> dict[str, Any]:
+def _judge(run: Run, record: Record, parity_images: int) -> dict[str, Any]:
     predictor = Predictor(run.bundle)
     rows = open_test(run, "evaluate")
     answers = answer_rows(predictor, run.read("data")["source"], rows, row_targets(run, rows))
     figures = measure(answers)
-    figures["parity"] = check_parity(answers, torch_probabilities(run.bundle, predictor, answers.items))
+    some = answers.items[:parity_images or None]
+    figures["parity"] = check_parity(answers, torch_probabilities(run.bundle, predictor, some))
     _draw(run, answers, predictor, record)
     annotate_bundle(run.bundle, figures)
     record.log_metrics(figures)
@@ -127,11 +131,12 @@ def _judge(run: Run, record: Record) -> dict[str, Any]:
 def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     min_accuracy: float = 0.0,  # the gate: a lower headline, accuracy or mAP, fails the step; 0 to 1
+    parity_images: int = 0,  # test pictures whose answers are compared with torch's; 0 for all
 ) -> dict[str, Any]:  # the content of results.json
     """Judge the bundle on the test split and write figures and pictures. Raises AutomlError below_gate."""
     run = open_trained(run_dir)
     with tracked_step(run, "evaluate", {"min_accuracy": min_accuracy}) as record:
-        results = collect_results(run, _judge(run, record))
+        results = collect_results(run, _judge(run, record, parity_images))
         run.write("results", results)
         record.log_file(run.path / "results.json")
     final, title = results["final"], TASKS[results["data"]["task"]].title

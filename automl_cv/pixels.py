@@ -190,7 +190,7 @@ def to_square(
 # %% ../nbs/00a_pixels.ipynb #d7519fda
 def _lacks_only_its_end(data: bytes) -> bool:
     end, views = b"\xff\xd9", []
-    for filler in (b"", bytes(64)):  # a scan that is complete takes no notice of more bytes
+    for filler in (b"", b"\xa5" * 64):  # a scan that is complete takes no notice of more bytes
         try:
             views.append(Image.open(io.BytesIO(data + filler + end)).tobytes())
         except (OSError, ValueError, SyntaxError):

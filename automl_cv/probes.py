@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .bundles import KNOWN, Shipment, with_head, write_bundle
+from .cache import draw_sample
 from .champion import METRICS, Candidate, Limits, offer, worth
 from .core import Run, atomic_path, say
 from .data import read_split
@@ -72,13 +73,15 @@ def search_head(
     track: Track,  # what a race shares
     model: Classifier,  # its body is used, frozen
     size: int,  # side of the network's input, pixels
-    seconds: float = 0.0,  # time limit; 0 for none
+    seconds: float = 0.0,  # time limit of the search; 0 for none
+    count: int = 0,  # training pictures; 0 for all
 ) -> Found:
     """Search the best head by folds and judge it on pictures that it was not fitted to."""
     started, small, classes = time.monotonic(), is_small(track.run), model.head.out_features
-    splits = ("train", "validation") if small else ("train",)
-    images, metric = track.images(splits, size), track.metric or "loss"
-    bank, folds = np.asarray(feature_bank(model, images, size)), folds_of(track.run, splits)
+    splits, metric = ("train", "validation") if small else ("train",), track.metric or "loss"
+    images, folds = track.images(splits, size, count), folds_of(track.run, splits)
+    folds = folds[draw_sample(len(folds), len(images), track.seed)]
+    bank = np.asarray(feature_bank(model, images, size))
     grid = [config for config in head_grid() if ships(config)]
     table, logits = search_heads(bank, images.targets, classes, folds, grid, seconds, metric)
     head, best = fit_head(bank, images.targets, classes, grid[table.index[0]]), grid[table.index[0]]
@@ -175,11 +178,12 @@ def best_head(
     config: Config,  # names backbone and size
     terms: Terms,  # what may ship
     seconds: float,  # time limit of the search; 0 for none
+    count: int = 0,  # training pictures; 0 for all
 ) -> dict[str, Any]:  # figures, calibration, and what the search found
     """Search the head of the race's winner, offer it, and keep it for fine-tuning."""
     started, run = time.monotonic(), track.run
     model = create_model(config.backbone, len(run.read("data")["classes"]), config.pretrained, config.seed)
-    found = search_head(track, model, config.size, seconds)
+    found = search_head(track, model, config.size, seconds, count)
     with atomic_path(run.path / "heads.csv") as path:
         found.table.to_csv(path, index=False)
     save_head(run, found.head)
@@ -188,5 +192,6 @@ def best_head(
     offer_model(track, config, with_head(model, found.head), found.answers, terms, candidate)
     figures, logits, targets = found.answers
     say(f"  {len(found.table)} heads tried, best {METRICS[figures['metric']]} {abs(worth(figures)):.4f}")
-    return {"figures": figures, "backbone": config.backbone, "size": config.size, "config": asdict(found.config),
-            "tried": len(found.table), "calibration": JUDGES[config.task].calibrate(logits, targets)}
+    return {"figures": figures, "backbone": config.backbone, "size": config.size,
+            "config": asdict(found.config), "tried": len(found.table), "train_images": count,
+            "calibration": JUDGES[config.task].calibrate(logits, targets)}

@@ -38,7 +38,7 @@ def useful_sizes(
     sizes = sorted(find_backbone(backbone).sizes)
     if wanted:
         return [wanted] if len(sizes) > 1 or wanted in sizes else sizes
-    return [size for size in sizes if size <= 1.5 * side] or sizes[:1]
+    return [size for size in sizes if size <= 2 * side] or sizes[:1]
 
 # %% ../nbs/01j_race.ipynb #737e6d3e
 SCRATCH = "small_cnn"  # learns from scratch in minutes on a CPU; the others need hours
@@ -99,7 +99,8 @@ def probe(
 def _step(track: Track, model: Classifier, entrant: Entrant, count: int) -> Entrant:
     started = time.monotonic()
     _, logits, targets = probe(track, model, entrant.size, count)
-    return replace(entrant, figures=track.score(logits, targets), pictures=count or len(read_split(track.run, "train")),
+    return replace(entrant, figures=track.score(logits, targets),
+                   pictures=count or track.run.read("data")["splits"]["train"],
                    seconds=entrant.seconds + time.monotonic() - started)
 
 # %% ../nbs/01j_race.ipynb #6df549ae
@@ -114,7 +115,7 @@ def race(
     seconds: float = 0.0,  # time limit; 0 for none
     rounds: tuple[int, ...] = ROUNDS,  # training pictures of each round; a last one with all follows
 ) -> list[Entrant]:  # best first
-    """Probe entrants on growing samples until one is left, all was seen, or the time is up. Raises AutomlError."""
+    """Probe entrants on growing samples until one is left or the time is up. Raises AutomlError."""
     deadline = time.monotonic() + seconds if seconds else math.inf
     total, classes = len(read_split(track.run, "train")), len(track.run.read("data")["classes"])
     build = cache(lambda name: create_model(name, classes, track.pretrained, track.seed))

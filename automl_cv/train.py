@@ -42,7 +42,8 @@ def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.n
            terms: Terms) -> bool:
     config = training.config
     what = "fine-tuned" if config.scope == "all" else f"{config.scope} stage trained"
-    candidate = Candidate(f"{config.backbone} {config.size} {what}", "fine-tune", config.backbone, config.size,
+    name = f"{config.backbone} {config.size} {what}"
+    candidate = Candidate(name, "fine-tune", config.backbone, config.size,
                           epochs=float(len(training.history)), seconds=training.elapsed)
     return offer_model(track, config, training.averaged, answers, terms, candidate)
 
@@ -63,13 +64,13 @@ def train_split(
     record: Record,  # the step's
 ) -> Training:  # finished
     """Train on the training split and offer the model after each epoch. Raises AutomlError interrupted."""
-    run = track.run
+    run, classes = track.run, len(track.run.read("data")["classes"])
     train, validation = (track.images(split, config.size) for split in ("train", "validation"))
     def tell(training: Training) -> None:
         _tell(training, record)
         figures = track.score(training.logits, validation.targets)
         _offer(track, training, (figures, training.logits, validation.targets), terms)
-    return fit(config, train, validation, len(run.read("data")["classes"]), run.path / "train.pt", seconds, tell,
+    return fit(config, train, validation, classes, run.path / "train.pt", seconds, tell,
                load_head(run, config.backbone, config.size))
 
 # %% ../nbs/04_train.ipynb #157517c4
@@ -78,7 +79,8 @@ def _fold_head(track: Track, config: Config, images: Images) -> Head | None:
     if not chosen:
         return None
     classes = len(track.run.read("data")["classes"])
-    bank = feature_bank(create_model(config.backbone, classes, config.pretrained, config.seed), images, config.size)
+    model = create_model(config.backbone, classes, config.pretrained, config.seed)
+    bank = feature_bank(model, images, config.size)
     return fit_head(np.asarray(bank), images.targets, classes, chosen)
 
 # %% ../nbs/04_train.ipynb #3f592a89
@@ -90,15 +92,14 @@ def train_folds(
     record: Record,  # the step's
 ) -> Training:  # the one on all pictures, finished
     """Judge a training by folds, train on everything, and offer that. Raises AutomlError interrupted."""
-    both, run = ("train", "validation"), track.run
-    images, folds, classes = track.images(both, config.size), folds_of(run, both), len(run.read("data")["classes"])
+    both, run, classes = ("train", "validation"), track.run, len(track.run.read("data")["classes"])
+    images, folds = track.images(both, config.size), folds_of(run, both)
     share = seconds / (len(np.unique(folds)) + 1)
     logits = np.zeros((len(images), classes), np.float32)
     for fold in np.unique(folds):
         rest, asked = (images.take(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
-        path = run.path / f"train-fold-{fold}.pt"
-        logits[folds == fold] = fit(config, rest, asked, classes, path, share, head=_fold_head(track, config, rest)
-                                    ).logits
+        path, head = run.path / f"train-fold-{fold}.pt", _fold_head(track, config, rest)
+        logits[folds == fold] = fit(config, rest, asked, classes, path, share, head=head).logits
     figures = track.score(logits, images.targets) | {"folds": len(np.unique(folds))}
     say(f"  fine-tuned, by folds: {METRICS[figures['metric']]} {abs(worth(figures)):.4f}")
     training = fit(config, images, None, classes, run.path / "train.pt", share,
@@ -114,7 +115,8 @@ def _close(run: Run, record: Record, name: str) -> dict[str, Any]:
         draw_leaderboard(run).savefig(path, format="png", dpi=100)
     for file in ("leaderboard.png", "leaderboard.json"):
         record.log_file(run.path / file)
-    record.log_tags({"pretrained": info["pretrained"], "weights": info["origin"], "champion": info["candidate"]})
+    record.log_tags({"pretrained": info["pretrained"], "weights": info["origin"],
+                     "champion": info["candidate"]})
     return {"config": info["config"], "pretrained": info["pretrained"], "origin": info["origin"],
             "champion": info["candidate"], "validation": info["validation"],
             "version": register(record, run.bundle, name)}

@@ -227,18 +227,18 @@ def prepare_search(
     record: Record,  # the step's
 ) -> Search:
     """Load what all trials share; finished trials are offered as the run's bundle."""
-    run, (train, validation) = track.run, (track.images(split, base.size) for split in ("train", "validation"))
+    run, classes = track.run, len(track.run.read("data")["classes"])
+    train, validation = (track.images(split, base.size) for split in ("train", "validation"))
     train = train.sample(max(1, round(trial_share * len(train))), base.seed)
     def offer(name: str, training: Training) -> None:
         figures = track.score(training.logits, validation.targets)
         candidate = Candidate(f"{base.backbone} {base.size} {name}", "trial", base.backbone, base.size,
                               epochs=float(len(training.history)), seconds=training.elapsed)
         if not is_small(run):  # a few validation pictures are no match for what folds say
-            offer_model(track, training.config, training.averaged, (figures, training.logits, validation.targets),
-                        terms, candidate)
+            answers = figures, training.logits, validation.targets
+            offer_model(track, training.config, training.averaged, answers, terms, candidate)
     head = load_head(run, base.backbone, base.size)
-    return Search(run, base, train, validation, len(run.read("data")["classes"]), max_epochs, record, space, head,
-                  track.metric, offer)
+    return Search(run, base, train, validation, classes, max_epochs, record, space, head, track.metric, offer)
 
 # %% ../nbs/03_tune.ipynb #7d4a82c2
 def _search(search: Search, study: optuna.Study, trials: int, seconds: float) -> dict[str, Any]:
