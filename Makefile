@@ -27,9 +27,17 @@ test: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
 
-# A container image around a bundle, with whatever builds images here.
+# A container image around a bundle. Where no Docker daemon runs, CONTAINER builds it, if that is there.
+CONTAINER ?= ../shared/tools/container
+IMAGE ?= automl_cv
+read_name = import json, sys; print(json.load(open(sys.argv[1]))["name"])
 image:
-	docker build --build-arg BUNDLE=$(BUNDLE) -t automl_cv .
+	@test -f $(BUNDLE)/model.json || { echo "There is no bundle in $(BUNDLE): make image BUNDLE=..."; exit 2; }
+	@set -e -- --build-arg BUNDLE=$(BUNDLE) --build-arg "REVISION=$$(git rev-parse HEAD 2>/dev/null)" \
+		--build-arg "MODEL=$$($(PYTHON) -c '$(read_name)' $(BUNDLE)/model.json)" \
+		--build-arg "MODEL_SHA256=$$(sha256sum $(BUNDLE)/model.onnx | cut -d ' ' -f 1)"; \
+	if [ ! -f $(CONTAINER) ] || docker ps >/dev/null 2>&1; then docker build "$$@" -t $(IMAGE) .; \
+	else bash $(CONTAINER) build . $(IMAGE) -- "$$@"; fi
 
 hooks: $(READY)
 	git config --local merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import pandas as pd
-from matplotlib.figure import Figure
 
 from .core import AutomlError, Run, atomic_folder, read_json, say, write_json
 from .tasks import TITLES
@@ -188,8 +186,9 @@ def require_champion(
 # %% ../nbs/01g_champion.ipynb #77ca542b
 def leaderboard(
     run: Run,  # any run
-) -> pd.DataFrame:  # one row per candidate, best first
+) -> "pd.DataFrame":  # one row per candidate, best first
     """Put the leaderboard into a table."""
+    import pandas as pd  # here, so that the command line starts without it
     own, judged = ("milliseconds", "megabytes", "epochs", "seconds"), ("low", "high")
     rows = [{"name": row["name"], "stage": row["stage"],
              "score": row["figures"].get(row["figures"].get("metric"))}
@@ -199,8 +198,8 @@ def leaderboard(
 
 # %% ../nbs/01g_champion.ipynb #95dce9f8
 def pareto(
-    table: pd.DataFrame,  # with score (more is better) and milliseconds
-) -> pd.Series:  # bool, on the front
+    table: "pd.DataFrame",  # with score (more is better) and milliseconds
+) -> "pd.Series":  # bool, on the front
     """Mark the candidates that no other one beats in both score and cost."""
     def beaten(row: Any) -> bool:
         no_worse = (table.score >= row.score) & (table.milliseconds <= row.milliseconds)
@@ -210,8 +209,9 @@ def pareto(
 # %% ../nbs/01g_champion.ipynb #d5d30bac
 def draw_leaderboard(
     run: Run,  # with a leaderboard
-) -> Figure:
+) -> "Figure":
     """Draw scores with their intervals over cost, and the Pareto front."""
+    from matplotlib.figure import Figure
     table = leaderboard(run).dropna(subset=["score", "milliseconds"])
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Fix', 'Apply', 'Gate', 'METRICS',
-           'closing_lines', 'command', 'safe_cell', 'walk', 'prediction_row', 'told', 'find_run_preset', 'run',
-           'resume', 'check_facts', 'check_lines', 'check_folder', 'check', 'predict', 'serve', 'main']
+           'closing_lines', 'command', 'told', 'find_run_preset', 'run', 'resume', 'check_facts', 'check_lines',
+           'check_folder', 'check', 'part_name', 'predict', 'serve', 'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
-import csv
-import io
 import json
 import re
 import sys
@@ -20,11 +18,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import (AutomlError, Run, hash_bytes, home, is_system, open_run, parse_time,
-                            stop_on_signals, track, write_bytes)
-from .items import SEPARATOR
+from .batch import print_table, walk, write_table
+from .core import AutomlError, Run, hash_bytes, home, open_run, parse_time, stop_on_signals
+from .deploy import Target
+from .deploy import deploy as deploy_bundle
 from .pipeline import PRESETS, Execute, Preset, Request, call_step, run_notebook, run_pipeline
-from .predict import Prediction, Predictor, predict_files, read_bundle
+from .predict import Predictor, read_bundle
 from .tasks import TITLES, headline
 
 # %% ../nbs/07a_cli.ipynb #3086c477
@@ -54,39 +53,6 @@ def command() -> str:
     if called.name != "automl-cv" or not called.is_relative_to(Path.cwd()):
         return "automl-cv"
     return str(called.relative_to(Path.cwd()))
-
-# %% ../nbs/07a_cli.ipynb #ab9e1920
-def safe_cell(
-    text: str,  # any text
-) -> str:
-    """Return a cell that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
-
-# %% ../nbs/07a_cli.ipynb #eb04b55d
-def walk(
-    paths: list[Path],  # files and folders
-) -> Iterator[Path]:  # files, in order
-    """Yield files, and what lies below folders but for leftovers of the system. Raises AutomlError."""
-    for path in paths:
-        if not path.exists():
-            raise AutomlError("source_not_found", f"There is no file or folder {str(path)!r}.",
-                              "Check the spelling.")
-        if path.is_file():
-            yield path
-        else:
-            found = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.is_symlink())
-            yield from (p for p in found if not is_system(p.relative_to(path).as_posix()))
-
-# %% ../nbs/07a_cli.ipynb #4dfb0618
-def prediction_row(
-    path: Path,  # of the picture
-    answer: Prediction | AutomlError,  # what the bundle said
-) -> list[str]:  # file, label, confidence, error
-    """Put an answer into a row."""
-    if isinstance(answer, AutomlError):
-        return [safe_cell(str(path)), "", "", answer.code]
-    label = answer.label if answer.labels is None else SEPARATOR.join(answer.labels)
-    return [safe_cell(str(path)), safe_cell(label), f"{answer.confidence:.6f}", ""]
 
 # %% ../nbs/07a_cli.ipynb #692f44a3
 cli = typer.Typer(help="Labelled images in, a classifier you can trust and a service that runs it out.",
@@ -280,32 +246,30 @@ def check(
         print(json.dumps(check_facts(run)) if as_json else "\n".join(check_lines(run)))
 
 # %% ../nbs/07a_cli.ipynb #61a78b81
-def _write_table(rows: list[list[str]], path: Path | None) -> None:
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([["file", "label", "confidence", "error"], *rows])
-    if path:
-        write_bytes(path, table.getvalue().encode())
-    else:
-        print(table.getvalue(), end="")
+def part_name(
+    table: Path,  # as the user named it
+    task: int,  # counted from 0
+    tasks: int,  # how many share the files
+) -> Path:
+    """Name the table of one task."""
+    return table if tasks == 1 else table.with_stem(f"{table.stem}-{task + 1}-of-{tasks}")
 
-# %% ../nbs/07a_cli.ipynb #9a4a7ac8
+# %% ../nbs/07a_cli.ipynb #944398ca
 @cli.command()
 def predict(
     bundle: Bundle,
     paths: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table into this file.")] = None,
+    task: Annotated[int, typer.Option(envvar="CLOUD_RUN_TASK_INDEX", help="Which share, from 0.", min=0)] = 0,
+    tasks: Annotated[int, typer.Option(envvar="CLOUD_RUN_TASK_COUNT", help="How many share.", min=1)] = 1,
 ) -> None:
-    """Classify pictures into a table: file, label, confidence, error."""
-    with told():
-        predictor, files = Predictor(bundle), list(walk(paths))
-        answers = predict_files(predictor, files)
-        if csv_file:
-            answers = track(answers, "predicting", len(files))
-        rows = [prediction_row(path, answer) for path, answer in answers]
-        _write_table(rows, csv_file)
-        failed = sum(bool(row[3]) for row in rows)
-        print(f"{len(rows) - failed} of {len(rows)} pictures classified", file=sys.stderr)
-        if failed == len(rows):
+    """Classify pictures into a table, with probabilities and errors; goes on after a break."""
+    with told(), stop_on_signals():
+        table = csv_file and part_name(csv_file, task, tasks)
+        predictor, files = Predictor(bundle), [path for path in walk(paths) if path != table][task::tasks]
+        tally = (write_table(predictor, files, table) if table else print_table(predictor, files, sys.stdout))
+        print(tally.line(), file=sys.stderr)
+        if tally.failed == tally.pictures and (files or tasks == 1):  # a share may be empty
             raise AutomlError("no_usable_image", "No picture could be classified.", "See the column error.")
 
 # %% ../nbs/07a_cli.ipynb #4378769b
@@ -320,6 +284,25 @@ def serve(
     with told():
         read_bundle(bundle)
         run_server(str(bundle), host, port)
+
+# %% ../nbs/07a_cli.ipynb #70674c33
+@cli.command()
+def deploy(
+    bundle: Bundle,
+    project: Annotated[str, typer.Option(help="Google Cloud project.")],
+    region: Annotated[str, typer.Option(help="Like europe-west1.")],
+    service: Annotated[str, typer.Option(help="The service's name.")] = Target.service,
+    repository: Annotated[str, typer.Option(help="Of Artifact Registry.")] = Target.repository,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody call it.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="On an NVIDIA L4.")] = False,
+    bucket: Annotated[str, typer.Option(help="Also deploy the job for large batches, on this bucket.")] = "",
+    account: Annotated[str, typer.Option(help="Service account that asks for health.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Build, push and deploy a bundle to Cloud Run; requests only once it answers. Run it in a checkout."""
+    with told():
+        target = Target(project, region, service, repository, public, gpu, bucket, account)
+        deploy_bundle(bundle, target, Path.cwd(), dry_run)
 
 # %% ../nbs/07a_cli.ipynb #01cba6aa
 def main() -> None:

@@ -124,10 +124,10 @@ def test_csv_joins_labels(done, home, tmp_path):
     status, _, err = automl_cv(home, "predict", done[0].bundle, tmp_path / "a.png", tmp_path / "b.txt", "--csv", table)
     assert status == 0, err
     with table.open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == ["file", "label", "confidence", "error"]
-    assert set(filter(None, rows[1][1].split("|"))) <= set(ELEMENTS) and 0 < float(rows[1][2]) <= 1
-    assert rows[2][1:] == ["", "", "not_an_image"]
+        good, bad = csv.DictReader(file)
+    assert list(good)[:3] == ["file", "label", "confidence"] and list(good)[-1] == "error"
+    assert set(filter(None, good["label"].split("|"))) <= set(ELEMENTS) and 0 < float(good["confidence"]) <= 1
+    assert (bad["label"], bad["confidence"], bad["error"]) == ("", "", "not_an_image")
 
 
 def test_gate_looks_at_map(done, home):

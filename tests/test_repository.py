@@ -17,7 +17,8 @@ def test_workflows_fit_githubs_schema():
 
 def test_deployment_is_private_and_stores_no_key():
     deploy = (ROOT / ".github/workflows/deploy.yml").read_text()
-    assert "--no-allow-unauthenticated" in deploy and "--allow-unauthenticated" not in deploy.replace("--no-allow", "")
+    assert "automl-cv deploy" in deploy and "--public" not in deploy and "allow-unauthenticated" not in deploy
+    assert "allUsers" not in "".join(path.read_text() for path in (ROOT / "deploy").glob("*.yaml"))
     assert "secrets." not in deploy and "workload_identity_provider" in deploy
 
 

@@ -1,0 +1,116 @@
+"""`automl-cv predict --csv` as a process that is killed, stopped, and started twice."""
+import csv
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PICTURES = 2000
+NAMES = {"red": "red", "lime": "green", "blue": "blue"}  # colours as Pillow and as the bundle call them
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, plain):
+    """Make a folder of pictures in three colours with some bad ones among them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    good = [plain(colour) for colour in NAMES]
+    for index in range(PICTURES):
+        (folder / f"{index:05}.png").write_bytes(b"bad" if index % 100 == 50 else good[index % 3])
+    return folder
+
+
+def test_command_line_is_light():
+    """The image has no training packages, and its job calls `automl-cv predict`."""
+    heavy = ("torch", "pandas", "matplotlib", "scipy", "sklearn", "optuna", "mlflow", "pyarrow", "safetensors")
+    code = f"import sys, automl_cv.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def start(*words):
+    """Run the command line as a user does."""
+    command = [sys.executable, "-c", "from automl_cv.cli import main; main()", "predict", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def break_off(process, folder, number):
+    """Signal a process once its draft holds a block of rows; return the draft's rows."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        draft = next(folder.glob(".answers.csv.*.part"), None)
+        if draft and draft.read_bytes().count(b"\n") > 300:
+            process.send_signal(number)
+            process.wait(30)
+            return draft.read_bytes().count(b"\n") - 1
+        time.sleep(0.005)
+    raise AssertionError(f"there was nothing to break: {process.poll()}")
+
+
+def read(table):
+    """Read a table by the names of its columns."""
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def check(table, pictures):
+    """Check that a table is complete, in order, and right."""
+    rows = read(table)
+    assert [row["file"] for row in rows] == sorted(map(str, pictures.iterdir()))
+    assert list(rows[0]) == ["file", "label", "confidence", "red", "green", "blue", "error"]
+    for index, row in enumerate(rows):
+        bad = index % 100 == 50
+        assert row["error"] == ("not_an_image" if bad else "")
+        assert row["label"] == ("" if bad else list(NAMES.values())[index % 3])
+        assert bad or float(row[row["label"]]) == float(row["confidence"]) > 0.9
+
+
+def test_killed_twice_and_complete(bundle, pictures, tmp_path, plain):
+    table, kept = tmp_path / "answers.csv", 0
+    for _ in range(2):
+        rows = break_off(start(bundle, pictures, "--csv", table), tmp_path, signal.SIGKILL)
+        assert rows >= kept and not table.exists()
+        kept = rows
+    first = pictures / "00000.png"
+    first.write_bytes(plain("blue"))  # whoever computed it again would say blue now
+    try:
+        process = start(bundle, pictures, "--csv", table)
+        said = process.communicate(timeout=120)[1]
+    finally:
+        first.write_bytes(plain("red"))
+    assert process.returncode == 0 and f"{PICTURES - PICTURES // 100} of {PICTURES} pictures classified" in said
+    assert "pictures a second; " in said and int(said.split("; ")[1].split()[0]) >= kept - 1
+    check(table, pictures)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_stopped_and_resumed(bundle, pictures, tmp_path):
+    table = tmp_path / "answers.csv"
+    process = start(bundle, pictures, "--csv", table)
+    assert break_off(process, tmp_path, signal.SIGTERM) >= 300
+    assert process.returncode == 4 and "[interrupted]" in process.stderr.read()
+    process = start(bundle, pictures, "--csv", table)
+    assert "kept from before the break" in process.communicate(timeout=120)[1]
+    check(table, pictures)
+
+
+def test_second_call_is_refused(bundle, pictures, tmp_path):
+    process = start(bundle, pictures, "--csv", tmp_path / "answers.csv")
+    rows = break_off(process, tmp_path, signal.SIGKILL)
+    draft = next(tmp_path.glob(".*.part"))
+    with draft.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        second = start(bundle, pictures, "--csv", tmp_path / "answers.csv")
+        assert "[run_exists]" in second.communicate(timeout=60)[1]
+    assert second.returncode == 2 and draft.read_bytes().count(b"\n") - 1 == rows
+
+
+def test_tasks_share_a_folder(bundle, pictures, tmp_path):
+    for task in range(3):
+        words = ("--csv", tmp_path / "a.csv", "--tasks", 3, "--task", task)
+        assert start(bundle, *sorted(pictures.iterdir())[:10], *words).wait(60) == 0
+    found = [[Path(row["file"]).name for row in read(tmp_path / f"a-{n}-of-3.csv")] for n in (1, 2, 3)]
+    assert found[0] == ["00000.png", "00003.png", "00006.png", "00009.png"]
+    assert sorted(sum(found, [])) == [f"{index:05}.png" for index in range(10)]

@@ -1,0 +1,119 @@
+"""The Python client against the real service, against its death, and against connections that break."""
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from automl_cv.client import Client, wait_ready
+from automl_cv.core import AutomlError
+
+HEAVY = ("numpy", "PIL", "fastapi", "torch", "onnxruntime", "rich")
+
+
+def test_needs_nothing_but_the_standard_library():
+    code = f"import sys, automl_cv.client; print([m for m in {HEAVY} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.fixture
+def files(tmp_path, plain):
+    """Make 60 pictures with two bad ones among them."""
+    for index in range(60):
+        (tmp_path / f"{index:02}.png").write_bytes(plain(("red", "lime", "blue")[index % 3]))
+    (tmp_path / "10.png").write_text("no picture")
+    (tmp_path / "20.png").write_bytes(b"")
+    return sorted(tmp_path.iterdir())
+
+
+def check(files, answers):
+    """Check that answers are complete, in order, and right."""
+    assert [path for path, _ in answers] == files
+    for index, (_, answer) in enumerate(answers):
+        if index in (10, 20):
+            assert answer.code == {10: "not_an_image", 20: "empty_file"}[index]
+        else:
+            assert answer["label"] == ("red", "green", "blue")[index % 3]
+
+
+def test_real_service(server, files):
+    client = Client(server.url + "/")
+    assert client.predict(files[0])["label"] == "red"
+    assert "red" in str(client.predict(files[0], top_k=3)) and "blue" in str(client.predict(files[0], top_k=3))
+    with pytest.raises(AutomlError) as refused:
+        client.predict(files[10])
+    assert refused.value.code == "not_an_image"
+    check(files, list(client.predict_many(files, workers=4)))
+
+
+def serve(bundle, port):
+    """Start a service on a port."""
+    env = os.environ | {"AUTOML_CV_MODEL": str(bundle), "HOST": "127.0.0.1", "PORT": str(port)}
+    return subprocess.Popen([sys.executable, "-m", "automl_cv.serve"], env=env, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+
+
+def test_service_is_killed_and_replaced(bundle, files, free):
+    url, process = f"http://127.0.0.1:{free}", serve(bundle, free)
+    try:
+        wait_ready(url, 60)
+        answers = []
+        for pair in Client(url, tries=12).predict_many(files, workers=4):
+            answers.append(pair)
+            if len(answers) == 15:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                process = serve(bundle, free)
+        check(files, answers)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_no_service_is_an_error_after_all_tries(files, free):
+    with pytest.raises(AutomlError, match="Nothing answers") as refused:
+        Client(f"http://127.0.0.1:{free}", tries=3).predict(files[0])
+    assert refused.value.code == "not_ready"
+
+
+REFUSED = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\nConnection: close\r\n\r\n" + b'{"label": "x"}'
+
+
+def read_request(line):
+    """Read one request to its end."""
+    file, head = line.makefile("rb"), b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += file.readline()
+    file.read(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
+    return head
+
+
+def scripted(listener, script, heard):
+    """Meet each connection with the next entry of a script: bytes to answer, or None to reset it."""
+    for reply in script:
+        line, _ = listener.accept()
+        with line:
+            heard.append(read_request(line))
+            if reply is None:
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                line.sendall(reply)
+
+
+@pytest.mark.parametrize("script", [[None, None, ANSWER], [REFUSED, ANSWER], [ANSWER[:-5], None, REFUSED, ANSWER]],
+                         ids=["reset", "busy", "half an answer"])
+def test_transient_trouble_is_outlived(files, script):
+    heard = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=scripted, args=(listener, script, heard), daemon=True)
+        thread.start()
+        client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}", {"Authorization": "Bearer abc"})
+        assert client.predict(files[0]) == {"label": "x"}
+        thread.join(10)
+    assert len(heard) == len(script) and all(b"Authorization: Bearer abc" in request for request in heard)
