@@ -106,17 +106,23 @@ def find_kept(
     return max(rows, 0), errors, size
 
 # %% ../nbs/04d_batch.ipynb #cb9b5825
+def _is_ours(file: BinaryIO, draft: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a mounted bucket need not know locks; there each task has a table of its own
+    return draft.exists() and os.path.samestat(os.fstat(file.fileno()), draft.stat())
+
+# %% ../nbs/04d_batch.ipynb #c8daaa54
 @contextmanager
 def _alone(draft: Path) -> Iterator[BinaryIO]:
     draft.parent.mkdir(parents=True, exist_ok=True)
     with draft.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), draft.stat()):
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
+        if not _is_ours(file, draft):
             raise AutomlError("run_exists", "Another call is writing this table.",
-                              "Wait for it, or write another one.") from None
+                              "Wait for it, or write another one.")
         yield file
 
 # %% ../nbs/04d_batch.ipynb #784b48d3
