@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'LABELS', 'REFUSALS', 'FILE', 'FORM', 'TopK', 'Notes', 'router', 'EXAMPLES', 'GOOD', 'FACTS', 'MODEL',
            'app', 'GRACE_SECONDS', 'START_SECONDS', 'load', 'bundle_folder', 'loaded', 'Share', 'Answer', 'predict',
-           'live', 'ready', 'model', 'page', 'docs', 'openapi', 'create_app', 'serve', 'running', 'run_step']
+           'live', 'ready', 'model', 'page', 'batch', 'docs', 'openapi', 'create_app', 'serve', 'running', 'run_step']
 
 # %% ../nbs/06_serve.ipynb #1c620f4e
 import io
@@ -23,7 +23,7 @@ from typing import Annotated, Any, BinaryIO
 import uvicorn
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from . import __version__
@@ -33,7 +33,7 @@ from .pixels import ACCEPTED, UPLOAD
 from .predict import Prediction, Predictor, cores, read_bundle
 from .scenes import CLASSES, draw_scene
 from .tasks import TASKS
-from .web import LOG, PROBLEM, add_frame, describe, failures, one_file, show, success
+from .web import LOG, PROBLEM, add_frame, describe, failures, one_file, show, success, wants_page
 
 # %% ../nbs/06_serve.ipynb #8c24189b
 def load(
@@ -150,6 +150,14 @@ async def ready(
     loaded(request.app)
     return {"status": "ready"}
 
+# %% ../nbs/06_serve.ipynb #57389219
+def _show(name: str, request: Request) -> HTMLResponse:
+    predictor = request.app.state.predictor
+    facts = {"version": predictor.version, "precision": predictor.precision} if predictor else {}
+    page = show(name, request, info=predictor and predictor.info, limits=UPLOAD, **facts)
+    page.headers["Vary"] = "Accept"
+    return page
+
 # %% ../nbs/06_serve.ipynb #6601102c
 FACTS = ("name", "task", "classes", "thresholds", "backbone", "pretrained", "policy", "metrics", "created")
 MODEL = {"name": "scenes", "task": "classification", "classes": ["forest", "mountain"], "thresholds": {},
@@ -161,11 +169,13 @@ MODEL = {"name": "scenes", "task": "classification", "classes": ["forest", "moun
 @router.get("/model", responses=success(MODEL, dict[str, Any]) | failures("not_ready"))
 async def model(
     request: Request,  # of an application that may have no model
-) -> dict[str, Any]:
+) -> Response:  # a page, where HTML is asked for by name
     """Describe the model: its classes, its test figures, and what a picture may be."""
+    if wants_page(request):
+        return _show("model.html", request)
     predictor = loaded(request.app)
     facts = {name: predictor.info.get(name) for name in FACTS}
-    return facts | {"version": predictor.version, "limits": asdict(UPLOAD)}
+    return JSONResponse(facts | {"version": predictor.version, "limits": asdict(UPLOAD)})
 
 # %% ../nbs/06_serve.ipynb #1fb20c01
 @router.get("/", include_in_schema=False)
@@ -173,8 +183,15 @@ async def page(
     request: Request,  # of an application that may have no model
 ) -> HTMLResponse:
     """Show the prediction page."""
-    predictor = request.app.state.predictor
-    return show("predict.html", request, info=predictor and predictor.info, limits=UPLOAD)
+    return _show("predict.html", request)
+
+# %% ../nbs/06_serve.ipynb #b9d0a03a
+@router.get("/batch", include_in_schema=False)
+async def batch(
+    request: Request,  # of an application that may have no model
+) -> HTMLResponse:
+    """Show the page for many pictures."""
+    return _show("batch.html", request)
 
 # %% ../nbs/06_serve.ipynb #feee44ca
 @router.get("/docs", include_in_schema=False)

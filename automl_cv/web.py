@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG', 'PROBLEM', 'ROUTING', 'POLICY', 'SAFE', 'FORM_BYTES', 'DRAIN_SECONDS', 'problem_response', 'Frame', 'add_frame',
-           'one_file', 'Problem', 'success', 'failures', 'describe', 'show']
+           'one_file', 'Problem', 'success', 'failures', 'describe', 'show', 'wants_page']
 
 # %% ../nbs/05a_web.ipynb #b11e4c57
 import logging
@@ -238,3 +238,10 @@ def show(
     """Answer with a page."""
     origin = str(request.base_url).rstrip("/")
     return HTMLResponse(_templates().get_template(name).render(values, origin=origin))
+
+# %% ../nbs/05a_web.ipynb #1316d4d6
+def wants_page(
+    request: Request,  # perhaps a browser's
+) -> bool:
+    """Tell whether a request asks for HTML by name."""
+    return "text/html" in request.headers.get("accept", "")

@@ -1,0 +1,246 @@
+// The batch page: many pictures in, a table out. Pictures go one by one, so that each fails or succeeds alone;
+// a zip goes as it is, and its rows come back in one stream.
+import { save, writeCsv } from "./csv.js";
+import { takeChosen, takeFiles, visible } from "./files.js";
+import { bar, classify, make, percent, post, ranking, Trouble } from "./service.js";
+
+const find = (id) => document.getElementById(id);
+const drop = find("drop");
+const maxBytes = Number(drop.dataset.maxBytes);
+const classes = JSON.parse(drop.dataset.classes);
+const AT_ONCE = 4; // enough to keep a small server's cores busy
+const PATIENCE = 5; // how often a busy server is asked again for the same picture
+const THUMBNAIL = 56; // side, CSS pixels
+const rows = []; // {name, file?, found?, trouble?, element}
+const queue = []; // jobs that wait: functions
+let running = 0;
+let stop = new AbortController();
+let leftOut = 0; // files of the operating system, in folders
+
+const isZip = (name) => name.toLowerCase().endsWith(".zip");
+const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+
+function complain(title = "", detail = "") {
+  find("message-title").textContent = title;
+  find("message-detail").textContent = detail;
+  find("message").hidden = !title;
+}
+
+// --- The table
+
+async function drawThumbnail(canvas, file) {
+  const side = THUMBNAIL * Math.min(2, devicePixelRatio);
+  try {
+    const image = await createImageBitmap(file);
+    const scale = side / Math.min(image.width, image.height);
+    [canvas.width, canvas.height] = [side, side];
+    const [width, height] = [image.width * scale, image.height * scale];
+    canvas.getContext("2d").drawImage(image, (side - width) / 2, (side - height) / 2, width, height);
+    image.close();
+  } catch {
+    canvas.classList.add("gone"); // a damaged picture, or a format that this browser does not show
+  }
+}
+
+function addRow(name, file) {
+  const [picture, place, answer, share] = ["picture", "file", "answer", "share"].map((kind) => make("td", kind));
+  const canvas = make("canvas", file ? "" : "gone");
+  canvas.setAttribute("aria-hidden", "true");
+  picture.append(canvas);
+  place.textContent = name;
+  const element = make("tr");
+  element.append(picture, place, answer, share);
+  const row = { name, file, element };
+  rows.push(row);
+  find("rows").append(element);
+  drawRow(row);
+  return row;
+}
+
+function names(found) {
+  if (!found.labels) return found.label;
+  return found.labels.map((share) => share.label).join(", ") || "none of the labels";
+}
+
+function drawRow({ element, found, trouble }) {
+  const [, , answer, share] = element.children;
+  element.className = trouble ? "failed" : found ? "" : "waiting";
+  answer.replaceChildren(found ? names(found) : make("span", "soft", trouble ? "" : "waiting"));
+  share.replaceChildren();
+  if (found) share.append(make("span", "number", percent(found.confidence)), bar(found.confidence));
+  if (found?.uncertain) {
+    answer.append(make("span", "tag", found.reason === "unlike_training" ? "unlike the training" : "not sure"));
+  }
+  if (trouble) answer.replaceChildren(make("strong", "", trouble.title), make("span", "", trouble.detail));
+}
+
+// --- The filter
+
+const KINDS = {
+  "!failed": ({ trouble }) => Boolean(trouble),
+  "!unsure": ({ found }) => Boolean(found?.uncertain),
+  "!none": ({ found }) => found?.labels?.length === 0,
+};
+
+function passes(row) {
+  const wanted = find("label").value;
+  const [low, high] = ["low", "high"].map((id) => find(id).valueAsNumber / 100);
+  const { found } = row;
+  if (wanted in KINDS && !KINDS[wanted](row)) return false;
+  if (wanted.startsWith("=")) {
+    const labels = found?.labels?.map((share) => share.label) ?? [found?.label];
+    if (!labels.includes(wanted.slice(1))) return false;
+  }
+  const narrowed = low > 0 || high < 1; // a row without an answer has no confidence
+  return found ? !(found.confidence < low || found.confidence > high) : !narrowed;
+}
+
+function refresh() {
+  const shown = rows.filter((row) => {
+    row.element.hidden = !passes(row);
+    return !row.element.hidden;
+  });
+  const done = rows.filter((row) => row.found || row.trouble).length;
+  const failed = rows.filter((row) => row.trouble).length;
+  const parts = [running ? `${done} of ${rows.length} done` : `${done} ${done === 1 ? "file" : "files"} done`];
+  if (failed) parts.push(`${failed} failed`);
+  if (leftOut) parts.push(`${leftOut} hidden ${leftOut === 1 ? "file" : "files"} left out`);
+  if (shown.length < rows.length) parts.push(`${shown.length} shown`);
+  find("status").textContent = parts.join(", ");
+  [find("progress").max, find("progress").value] = [rows.length || 1, done];
+  find("progress").hidden = !running;
+  find("stop").hidden = !running;
+  find("retry").hidden = running > 0 || !rows.some((row) => row.trouble && row.file);
+  find("download").disabled = running > 0 || !shown.length;
+  find("download").textContent =
+    shown.length < rows.length ? `Download CSV (${shown.length} of ${rows.length} rows)` : "Download CSV";
+  find("results").hidden = !rows.length && !running;
+  find("empty").hidden = rows.length > 0;
+  find("nothing").hidden = shown.length > 0 || !rows.length;
+  return shown;
+}
+
+// One drawing for all that happened since the last: thousands of rows would cost too much one by one.
+let planned = false;
+function plan() {
+  if (planned) return;
+  planned = true;
+  requestAnimationFrame(() => {
+    planned = false;
+    refresh();
+  });
+}
+
+// --- The work
+
+function toTrouble(error) {
+  if (error instanceof Trouble) return error;
+  if (error.name === "AbortError") return new Trouble("Stopped", "Retry it when you like.", { code: "stopped" });
+  return new Trouble("The answer could not be read", "Try again.", { code: "broken_answer" });
+}
+
+async function ask(file) {
+  const { signal } = stop;
+  for (let turn = 1; ; turn += 1) {
+    try {
+      return await classify(file, { topK: classes.length || 1, maxBytes, signal });
+    } catch (error) {
+      if (!error.busy || turn === PATIENCE || signal.aborted) throw error;
+      await pause(Math.min(error.seconds, 10)); // a busy server says when to come back
+    }
+  }
+}
+
+async function work(row) {
+  const drawn = drawThumbnail(row.element.querySelector("canvas"), row.file);
+  try {
+    [row.found, row.trouble] = [await ask(row.file), undefined];
+  } catch (error) {
+    [row.found, row.trouble] = [undefined, toTrouble(error)];
+  }
+  drawRow(row);
+  await drawn; // no more pictures in memory than are under way
+}
+
+function readLine(text) {
+  const { file, code, detail, title, ...found } = JSON.parse(text);
+  const row = addRow(file);
+  if (code) row.trouble = new Trouble(title ?? code.replaceAll("_", " "), detail, { code });
+  else row.found = found;
+  drawRow(row);
+  plan();
+}
+
+async function takesZips() {
+  const reply = await fetch("openapi.json");
+  return "/predict/batch" in (await reply.json()).paths;
+}
+
+async function workZip({ file, name }) {
+  try {
+    if (!(await takesZips())) {
+      return complain("This service takes no zip files", `Unpack ${name} and drop the folder.`);
+    }
+    const reply = await post(`predict/batch?top_k=${classes.length || 1}`, "files", [file], stop.signal);
+    const lines = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { value, done } = await lines.read();
+      const parts = (rest + (value ?? "")).split("\n");
+      rest = done ? "" : parts.pop();
+      parts.filter((part) => part.trim()).forEach(readLine);
+      if (done) return;
+    }
+  } catch (error) {
+    const { title, detail } = toTrouble(error);
+    complain(`${name}: ${title}`, detail);
+  }
+}
+
+async function run() {
+  if (running >= AT_ONCE || !queue.length) return plan();
+  running += 1;
+  plan();
+  while (queue.length) {
+    await queue.shift()();
+    plan();
+  }
+  running -= 1;
+  plan();
+}
+
+function start(jobs) {
+  if (stop.signal.aborted) stop = new AbortController();
+  queue.push(...jobs);
+  for (let i = 0; i < AT_ONCE; i += 1) run();
+}
+
+function take(items) {
+  complain();
+  const wanted = visible(items);
+  leftOut += items.length - wanted.length;
+  if (!wanted.length) return complain("That was no file", "Drop pictures, a folder with pictures, or a zip of them.");
+  start(wanted.map(({ file, name }) => {
+    if (isZip(name)) return () => workZip({ file, name });
+    const row = addRow(name, file);
+    return () => work(row);
+  }));
+}
+
+takeFiles(drop, take);
+takeChosen(find("files"), take);
+takeChosen(find("folder"), take);
+find("choose-folder").addEventListener("click", () => find("folder").click());
+find("stop").addEventListener("click", () => stop.abort());
+find("retry").addEventListener("click", () => {
+  const failed = rows.filter((row) => row.trouble && row.file);
+  for (const row of failed) {
+    row.trouble = undefined;
+    drawRow(row);
+  }
+  start(failed.map((row) => () => work(row)));
+});
+find("download").addEventListener("click", () => {
+  save(writeCsv(refresh(), classes, ranking), "answers.csv", "text/csv");
+});
+for (const id of ["label", "low", "high"]) find(id).addEventListener("input", plan);

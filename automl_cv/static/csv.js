@@ -1,0 +1,28 @@
+// Answers as a table for spreadsheets (RFC 4180).
+
+// A spreadsheet runs a text that starts like this as a formula, and names of files come from strangers.
+const safe = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+
+const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+
+const line = (cells) => `${cells.map((cell) => quote(typeof cell === "string" ? safe(cell) : String(cell))).join(",")}\r\n`;
+
+/** Write rows of {name, found} or {name, trouble}: file, label, confidence, one column per class, error. */
+export function writeCsv(rows, classes, ranking) {
+  const head = line(["file", "label", "confidence", ...classes, "error"]);
+  const body = rows.map(({ name, found, trouble }) => {
+    const shares = new Map((found ? ranking(found) : []).map((share) => [share.label, share.probability]));
+    const figures = classes.map((label) => shares.get(label) ?? "");
+    return line([name, found?.label ?? "", found?.confidence ?? "", ...figures, trouble?.code ?? ""]);
+  });
+  return head + body.join("");
+}
+
+/** Let the browser save a text as a file. */
+export function save(text, name, type) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000); // a browser may start the download later
+}

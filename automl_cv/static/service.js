@@ -1,0 +1,76 @@
+// How a page asks the service, and how it says what came back.
+
+/** An answer that is no answer: what the service, or the way to it, says is wrong. */
+export class Trouble extends Error {
+  constructor(title, detail, more = {}) {
+    super(detail);
+    Object.assign(this, { title, detail, ...more });
+  }
+}
+
+const unreachable = () =>
+  new Trouble("The service did not answer", "Check your connection and try again.", { code: "no_answer", passes: true });
+
+/** Turn a problem+json answer into a Trouble. */
+async function explain(reply) {
+  const problem = await reply.json().catch(() => ({}));
+  const title = problem.title ?? "The service failed";
+  return new Trouble(title, problem.detail ?? `It answered with status ${reply.status}. Try again.`, {
+    code: problem.code ?? `http_${reply.status}`,
+    requestId: problem.request_id,
+    passes: reply.status >= 500 || reply.status === 429, // the same file may do better next time
+    busy: reply.status === 503 || reply.status === 429,
+    seconds: Number(reply.headers.get("retry-after")) || 1,
+  });
+}
+
+/** Post files in one form field. Throws Trouble; an abort is passed on as it is. */
+export async function post(address, field, files, signal) {
+  const form = new FormData();
+  for (const file of files) form.append(field, file, file.name);
+  let reply;
+  try {
+    reply = await fetch(address, { method: "POST", body: form, signal });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : unreachable();
+  }
+  if (!reply.ok) throw await explain(reply);
+  return reply;
+}
+
+/** Ask for one picture. Throws Trouble; what is too large for the service is not sent. */
+export async function classify(file, { topK, maxBytes, signal }) {
+  if (file.size > maxBytes) {
+    const [size, limit] = [file.size, maxBytes].map((bytes) => (bytes / 1e6).toFixed(1));
+    const detail = `The file has ${size} MB. The limit is ${limit} MB.`;
+    throw new Trouble("The file is too large", detail, { code: "file_too_large" });
+  }
+  const reply = await post(`predict?top_k=${topK}&notes=true`, "file", [file], signal);
+  return reply.json();
+}
+
+/** The probabilities of an answer, the highest first. */
+export const ranking = (found) => found.top_k ?? found.probabilities ?? [];
+
+/** Rounding up to 100 % would claim a certainty that no model has. */
+export function percent(share) {
+  if (share >= 0.995) return "over 99 %";
+  return share < 0.005 ? "under 1 %" : `${Math.round(100 * share)} %`;
+}
+
+/** Make an element with a class and a text. */
+export function make(tag, kind = "", text = "") {
+  const element = document.createElement(tag);
+  if (kind) element.className = kind;
+  element.textContent = text;
+  return element;
+}
+
+/** Draw a share as a bar. The number beside it says the same to a screen reader. */
+export function bar(share) {
+  const frame = make("div", "bar");
+  frame.setAttribute("aria-hidden", "true");
+  frame.append(make("span"));
+  frame.firstChild.style.width = `${100 * share}%`;
+  return frame;
+}
