@@ -109,7 +109,7 @@ class Predictor:
         self.abstain, self.alarm = (self.info["thresholds"].get(name) for name in ("abstain", "ood"))
         self.outliers = None if self.alarm is None else load_outliers(folder / "ood.npz")
         self.precision = precision if self.info.get("int8", {}).get("passed") else "fp32"
-        self.sha256: str = self.info["files"][GRAPHS[self.precision]]
+        self.sha256 = hash_file(folder / "model.json")  # which holds the hashes of all other files
         self.version = self.sha256[:12]
         self.session = open_session(folder / GRAPHS[self.precision], threads)
         check_golden(self, folder / "golden.npz")
