@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .core import AutomlError
-from .predict import Prediction, Predictor
+from .predict import Prediction, Predictor, judge
 
 # %% ../nbs/05dc_protocol.ipynb #53331017
 MAX_IMAGES = 64  # in one request
@@ -91,7 +91,7 @@ def infer(
     """Answer an inference request. Raises AutomlError wrong_parameter_type, and a picture's codes."""
     request, tensor = _read(body)
     if tensor["name"] == "images":
-        found = [predictor.judge(image) for image in _images(tensor, predictor.policy.size)]
+        found = [judge(predictor, image) for image in _images(tensor, predictor.policy.size)]
     else:
         found = [predictor.predict(data) for data in _files(tensor)]
     wanted = [output["name"] for output in request.get("outputs", [])] or list(OUTPUTS)

@@ -35,7 +35,7 @@ from .journal import Journal, Metrics
 from .life import GRACE_SECONDS, LEAVE_SECONDS, Closing, Server, lifespan, loaded
 from .pixels import ACCEPTED, UPLOAD
 from .pool import Busy, on_busy
-from .predict import Prediction, Predictor, read_bundle
+from .predict import Prediction, Predictor, judge, read_bundle
 from .routes import All, TopK, check_ready, extras, programs
 from .scenes import CLASSES, draw_scene
 from .tasks import TASKS
@@ -81,7 +81,7 @@ def _classify(predictor: Predictor, body: bytes, kind: str, stages: dict[str, fl
     started = time.perf_counter()
     image, notes = predictor.decode(find_picture(body, kind))
     decoded = time.perf_counter()
-    found = predictor.judge(image, notes)
+    found = judge(predictor, image, notes)
     stages |= {"queue": started - asked, "decode": decoded - started, "infer": time.perf_counter() - decoded}
     return found
 
