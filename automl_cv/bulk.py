@@ -52,7 +52,7 @@ def _unzip(file: BinaryIO) -> list[Upload]:
 def list_uploads(
     files: Iterable[tuple[str, BinaryIO]],  # names and open files
 ) -> list[Upload]:  # in their order; the entries of a zip in its place
-    """List the pictures in some files. Raises AutomlError bad_archive and the codes of an archive's limits."""
+    """List the pictures in some files. Raises AutomlError bad_archive and an archive's other codes."""
     found: list[Upload] = []
     for name, file in files:
         head = file.read(4)

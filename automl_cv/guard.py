@@ -44,7 +44,8 @@ def read_rules(
     env: Mapping[str, str] = os.environ,  # the environment
 ) -> Rules:
     """Read the lists. Raises AutomlError wrong_parameter_type."""
-    keys, hosts, origins, more = (_list(env, f"AUTOML_CV_{name}") for name in ("API_KEYS", "HOSTS", "ORIGINS", "OPEN"))
+    names = ("API_KEYS", "HOSTS", "ORIGINS", "OPEN")
+    keys, hosts, origins, more = (_list(env, f"AUTOML_CV_{name}") for name in names)
     if not all(DIGEST.fullmatch(key) for key in keys):
         raise AutomlError("wrong_parameter_type", "AUTOML_CV_API_KEYS holds something that is not a sha256.",
                           "Write printf %s KEY | sha256sum, never the key itself.")
@@ -97,10 +98,10 @@ class Guard:
         if PROBES.fullmatch(path):
             return
         if not is_host(headers.get("host", ""), self.rules.hosts):
-            raise AutomlError("wrong_host", "The service does not answer to this name.", "Use its own address.")
+            raise AutomlError("wrong_host", "The service does not answer to this name.", "Use its own.")
         is_open = path in self.rules.open or method == "GET" and PAGES.fullmatch(path)
         if self.rules.keys and not is_open and not is_known(given_key(headers), self.rules.keys):
-            raise AutomlError("no_key", "The API key is missing or wrong.", "Send it in the header X-API-Key.")
+            raise AutomlError("no_key", "The API key is missing or wrong.", "Send it as X-API-Key.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -32,10 +32,11 @@ class Metrics:
 
     def __init__(self):
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("automl_cv_requests", "Requests answered", ["path", "code"], registry=registry)
-        self.seconds = Histogram("automl_cv_request_seconds", "Time to answer", ["path"], buckets=SECONDS,
-                                 registry=registry)
-        self.stages = Histogram("automl_cv_stage_seconds", "Time in one stage of an answer", ["stage"],
+        self.requests = Counter("automl_cv_requests", "Requests answered", ["path", "code"],
+                                registry=registry)
+        self.seconds = Histogram("automl_cv_request_seconds", "Time to answer", ["path"],
+                                 buckets=SECONDS, registry=registry)
+        self.stages = Histogram("automl_cv_stage_seconds", "Time in a stage of an answer", ["stage"],
                                 buckets=SECONDS, registry=registry)
         self.depth = Gauge("automl_cv_queue_depth", "Jobs that wait or run", registry=registry)
         self.batch = Histogram("automl_cv_batch_size", "Pictures in one request", registry=registry,

@@ -103,9 +103,8 @@ class Predictor:
         precision: str = "fp32",  # or "int8", where the bundle has that
     ):
         self.info, folder = read_bundle(folder), Path(folder)
-        self.classes: list[str] = self.info["classes"]
         self.policy, self.task = Policy(**self.info["policy"]), TASKS[self.info["task"]]
-        self.thresholds = self.info["thresholds"].get("labels", 0.5)  # one per label
+        self.classes, self.thresholds = self.info["classes"], self.info["thresholds"].get("labels", 0.5)
         self.abstain, self.alarm = (self.info["thresholds"].get(name) for name in ("abstain", "ood"))
         self.outliers = None if self.alarm is None else load_outliers(folder / "ood.npz")
         self.precision = precision if self.info.get("int8", {}).get("passed") else "fp32"
@@ -128,8 +127,7 @@ class Predictor:
     def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
         """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
         policy, (image, notes) = self.policy, decode(data, self.policy.store, limits)
-        square = to_square(image, policy.store, policy.fit, policy.version)
-        return centre_crop(square, policy.size), notes
+        return centre_crop(to_square(image, policy.store, policy.fit, policy.version), policy.size), notes
 
     def predict(self, data: bytes, limits: Limits = UPLOAD) -> Prediction:
         """Classify one picture. Raises AutomlError."""

@@ -47,7 +47,8 @@ def _images(tensor: dict[str, Any], side: int) -> np.ndarray:
         values = np.array(tensor["data"])
     except (KeyError, ValueError, TypeError, OverflowError):
         raise _wrong("The data of 'images' are not numbers.") from None
-    if values.size != math.prod(shape) or values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
+    whole = values.size == math.prod(shape) and values.dtype.kind in "iu"
+    if not whole or values.min() < 0 or values.max() > 255:
         raise _wrong("The data of 'images' are not whole numbers from 0 to 255, as many as the shape says.")
     return values.reshape(shape).astype(np.uint8)
 
@@ -80,8 +81,8 @@ def _outputs(found: list[Prediction], wanted: list[str]) -> list[dict[str, Any]]
     data = {"probabilities": shares.ravel().tolist(), "class_index": [answer.class_index for answer in found],
             "label": [answer.label for answer in found]}
     shapes = {"probabilities": list(shares.shape)}
-    return [{"name": name, "datatype": OUTPUTS[name], "shape": shapes.get(name, [len(found)]), "data": data[name]}
-            for name in wanted]
+    return [{"name": name, "datatype": OUTPUTS[name], "shape": shapes.get(name, [len(found)]),
+             "data": data[name]} for name in wanted]
 
 # %% ../nbs/05dc_protocol.ipynb #3f1aa91e
 def infer(
