@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAVE_SECONDS', 'SPEAK_SECONDS', 'GRACE_SECONDS', 'load', 'bundle_folder', 'loaded', 'stamp', 'swap', 'lifespan',
-           'Closing', 'Server']
+           'Closing', 'last_ones', 'Server']
 
 # %% ../nbs/05dd_life.ipynb #d8c2da3f
 import asyncio
@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -157,6 +157,20 @@ class Closing:
         await self.app(scope, receive, closing)
 
 # %% ../nbs/05dd_life.ipynb #81425a44
+def last_ones(
+    door: asyncio.AbstractServer,  # is closed
+) -> list[socket.socket]:  # connections that were made and not accepted yet
+    """Close a listening server without turning away who already stands in line."""
+    doors, found = [socket.socket(fileno=os.dup(own.fileno())) for own in door.sockets], []
+    door.close()
+    for own in doors:
+        own.setblocking(False)
+        with own, suppress(BlockingIOError):
+            while True:
+                found.append(own.accept()[0])
+    return found
+
+# %% ../nbs/05dd_life.ipynb #38b85091
 class Server(uvicorn.Server):
     """A server that leaves in good order, with status 0."""
 
@@ -184,7 +198,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the door, let those inside speak, and finish."""
-        for door in self.servers:
-            door.close()
+        loop, config = asyncio.get_running_loop(), self.config
+        for guest in [guest for door in self.servers for guest in last_ones(door)]:
+            await loop.connect_accepted_socket(lambda: config.http_protocol_class(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state), guest)
         await asyncio.sleep(SPEAK_SECONDS)
         await super().shutdown(sockets)
