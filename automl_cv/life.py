@@ -135,7 +135,7 @@ async def lifespan(
     state.pool.threads.shutdown(wait=False, cancel_futures=True)  # nothing more is started
 
 # %% ../nbs/05dd_life.ipynb #1cce5a07
-LEAVE_SECONDS, SPEAK_SECONDS, GRACE_SECONDS = 0.5, 0.25, 5  # door open; first words; accepted requests
+LEAVE_SECONDS, SPEAK_SECONDS, GRACE_SECONDS = 0.5, 0.5, 5  # door open; first words; accepted requests
 
 # %% ../nbs/05dd_life.ipynb #45095ea2
 class Closing:
