@@ -31,10 +31,12 @@ OURS = ("-m", "automl_cv.serve")
 def plain_service(port: int) -> None:
     """Serve as the original does."""
     import torch
-    import torchvision
     import uvicorn
     from fastapi import FastAPI, UploadFile
-    from torchvision import transforms
+
+    from automl_cv.compat import torchvision  # or it cannot be imported beside a torch without GPUs
+
+    transforms = torchvision.transforms
 
     app, network = FastAPI(), torchvision.models.resnet18(num_classes=len(CLASSES)).eval()
     prepare = transforms.Compose([transforms.Resize((SIDE, SIDE)), transforms.ToTensor(),
