@@ -1,17 +1,25 @@
-"""The prediction page in a real browser."""
+"""The pages in a real browser."""
+import csv
+import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TESTS: no playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="NO BROWSER TESTS: Debian's chromium is not installed")
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update"]
+        "--disable-background-networking", "--disable-component-update",
+        "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera that films green
+PAGES = ["/", "/batch", "/model", "/docs"]
 GIVE = """([kind, names, bytes]) => {
   const data = new DataTransfer();
   for (const name of names) data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
@@ -81,16 +89,6 @@ def test_several_labels(open_page, start, plain, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_keyboard_alone(open_page, server, plain):
-    page = open_page(server.url)
-    with page.expect_file_chooser() as chooser:
-        page.focus("#file")  # inside, so that the browser knows of the wait before it gets the key
-        page.keyboard.press("Enter")
-    chooser.value.set_files(picture(plain, "blue"))
-    page.wait_for_selector("#answer:visible")
-    assert page.inner_text("#label") == "blue"
-
-
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_drop_and_paste(open_page, server, plain, kind):
     page = open_page(server.url)
@@ -98,6 +96,64 @@ def test_drop_and_paste(open_page, server, plain, kind):
     page.wait_for_selector("#answer:visible")
     assert page.inner_text("#label") == "blue"
     assert page.inner_text("#name") == "sky.png"
+
+
+def test_a_picture_from_the_camera(open_page, server):
+    page = open_page(server.url)
+    page.click("#camera")
+    page.wait_for_selector("#viewfinder[open] video")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#viewfinder", state="hidden")
+    page.click("#camera")
+    page.click("#shoot")
+    page.wait_for_selector("#answer:visible")
+    assert page.inner_text("#label") == "green" and page.inner_text("#name") == "camera.jpg"
+    assert page.is_hidden("#viewfinder") and page.evaluate("document.getElementById('video').srcObject") is None
+
+
+@pytest.fixture(scope="module")
+def doubtful(bundle, tmp_path_factory):
+    """Return a bundle that abstains, and that has test figures."""
+    copy = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("doubtful") / "model"))
+    info = json.loads((copy / "model.json").read_text())
+    rows = [{"label": name, "precision": 0.9, "recall": 0.8, "f1": 0.85, "images": 20} for name in info["classes"]]
+    metrics = {"metric": "accuracy", "accuracy": 0.95, "low": 0.9, "high": 0.98, "images": 60, "classes": rows,
+               "calibration_error": 0.03, "confusion": [[19, 1, 0], [0, 20, 0], [2, 0, 18]]}
+    thresholds = {"abstain": 0.9, "coverage": 0.8, "target_accuracy": 0.99}
+    (copy / "model.json").write_text(json.dumps(info | {"metrics": metrics, "thresholds": thresholds}))
+    return copy
+
+
+def test_not_sure_is_explained(open_page, start, doubtful, plain):
+    with start(doubtful) as server:
+        page = open_page(server.url)
+        page.set_input_files("#file", picture(plain, "yellow"))
+        page.wait_for_selector("#low_confidence:visible")
+        assert page.inner_text("#verdict").lower() == "my best guess"
+        assert "From a confidence of 90 % on, 99 %" in page.inner_text("#low_confidence")
+        assert page.is_hidden("#unlike_training")
+        page.set_input_files("#file", picture(plain, "red"))
+        page.wait_for_selector("#verdict:has-text('This looks like')")
+        assert page.is_hidden("#low_confidence")
+
+
+def test_the_model_card(open_page, start, doubtful):
+    with start(doubtful) as server:
+        page = open_page(f"{server.url}/model")
+        text = page.inner_text("main")
+        assert "95.0 %" in text and "between 90.0 % and 98.0 %" in text and "On 60 pictures" in text
+        cells = page.locator(".confusion td").all_inner_texts()
+        assert cells == ["19", "1", "0", "0", "20", "0", "2", "0", "18"]
+        assert page.locator(".confusion .right").all_inner_texts() == ["19", "20", "18"]
+        assert page.locator(".figures tbody tr").count() == 3
+        told = httpx.get(f"{server.url}/model", trust_env=False)
+        assert told.json()["classes"] == ["red", "green", "blue"]
+
+
+def test_a_model_without_figures_has_a_card(open_page, server):
+    page = open_page(f"{server.url}/model")
+    text = page.inner_text("main")
+    assert "not tested yet" in text and "no threshold" in text and page.locator(".confusion").count() == 0
 
 
 def test_trouble_is_a_sentence_and_passes(open_page, server, plain):
@@ -115,6 +171,18 @@ def test_trouble_is_a_sentence_and_passes(open_page, server, plain):
     assert page.is_hidden("#trouble")
 
 
+def test_a_lost_connection_is_tried_again(open_page, server, plain):
+    page = open_page(server.url)
+    page.context.set_offline(True)
+    page.set_input_files("#file", picture(plain, "green"))
+    page.wait_for_selector("#again:visible")
+    assert page.inner_text("#trouble-title") == "The service did not answer"
+    page.context.set_offline(False)
+    page.click("#again")
+    page.wait_for_selector("#answer:visible")
+    assert page.inner_text("#label") == "green"
+
+
 def test_too_large_is_told_without_sending(open_page, server, tmp_path):
     (tmp_path / "a.jpg").touch()
     os.truncate(tmp_path / "a.jpg", 10 * 2**20 + 1)
@@ -124,19 +192,67 @@ def test_too_large_is_told_without_sending(open_page, server, tmp_path):
     assert page.inner_text("#trouble-detail") == "The file has 10.5 MB. The limit is 10.5 MB."
 
 
-def test_dark_and_light(open_page, server):
+@pytest.mark.parametrize("path", PAGES)
+def test_dark_and_light(open_page, server, path):
     shades = {}
     for scheme in ("light", "dark"):
-        page = open_page(server.url, color_scheme=scheme)
+        page = open_page(server.url + path, color_scheme=scheme)
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         shades[scheme] = sum(int(part) for part in colour[4:-1].split(",")) / 3
     assert shades["dark"] < 60 < 200 < shades["light"]
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize("path", PAGES)
 def test_fits_a_phone(open_page, server, path):
     page = open_page(server.url + path, viewport={"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def focused(page):
+    return page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()")
+
+
+def tab_to(page, wanted, most=30):
+    """Press Tab until an element has the focus, and return what had it on the way; each shows that it has it."""
+    passed = []
+    while len(passed) < most and (not passed or passed[-1] != wanted):
+        page.keyboard.press("Tab")
+        passed.append(focused(page))
+        assert page.evaluate("""(document.activeElement.closest(".drop") ?? document.activeElement)
+            .matches(":focus-visible, :focus-within")""")
+        outline = page.evaluate("""getComputedStyle(document.activeElement.closest(".drop") ??
+            document.activeElement).outlineStyle""")
+        assert outline == "solid"
+    assert passed[-1] == wanted
+    return passed
+
+
+def choose_by_key(page, files):
+    with page.expect_file_chooser() as chooser:
+        page.evaluate("0")  # inside, so that the browser knows of the wait before it gets the key
+        page.keyboard.press("Enter")
+    chooser.value.set_files(files)
+
+
+def test_the_first_page_by_keyboard(open_page, server, plain):
+    page = open_page(server.url)
+    assert tab_to(page, "file") == ["Skip to the content", "automl_cv", "Predict", "Batch", "Model", "API", "file"]
+    choose_by_key(page, picture(plain, "blue"))
+    page.wait_for_selector("#answer:visible")
+    assert tab_to(page, "Use it from a program")[0] == "camera"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#python:visible")
+
+
+def test_the_batch_page_by_keyboard(open_page, server, plain):
+    page = open_page(f"{server.url}/batch")
+    tab_to(page, "files")
+    choose_by_key(page, [picture(plain, "blue"), picture(plain, "red")])
+    page.wait_for_selector("#download:enabled")
+    assert tab_to(page, "download") == ["choose-folder", "label", "low", "high", "download"]
+    with page.expect_download() as saved:
+        page.keyboard.press("Enter")
+    assert saved.value.suggested_filename == "answers.csv"
 
 
 def test_the_curl_line_is_the_real_one(open_page, server):
@@ -151,7 +267,7 @@ def test_the_curl_line_is_the_real_one(open_page, server):
 def test_hostile_class_names_and_a_dead_service(open_page, start, bundle, plain, tmp_path):
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     info = json.loads((copy / "model.json").read_text())
-    hostile = "<img src=x onerror=alert(1)>"
+    hostile = "<img src='x' onerror=alert(1)>"
     (copy / "model.json").write_text(json.dumps(info | {"classes": [hostile, "green", "b" * 100]}))
     with start(copy) as server:
         page = open_page(server.url, viewport={"width": 360, "height": 700})
@@ -161,6 +277,188 @@ def test_hostile_class_names_and_a_dead_service(open_page, start, bundle, plain,
         page.wait_for_selector("#answer:visible")
         assert page.inner_text("#label") == hostile
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        for path in ("/model", "/batch"):
+            page.goto(server.url + path)
+            assert page.inner_text("#classes ~ ul li:first-child, #label option:has-text('img')") == hostile
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.set_input_files("#files", picture(plain))
+        page.wait_for_selector("#download:enabled")
+        assert page.inner_text("#rows .answer") == hostile
+        page.goto(server.url)
     page.set_input_files("#file", picture(plain))
     page.wait_for_selector("#trouble:visible")
     assert page.inner_text("#trouble-title") == "The service did not answer"
+
+
+def test_the_lines_for_programs_work(open_page, server, plain, tmp_path):
+    (tmp_path / "picture.jpg").write_bytes(plain("blue", "JPEG"))
+    page = open_page(server.url)
+    page.click("summary")
+    found = subprocess.run([sys.executable, "-c", page.inner_text("#python")], cwd=tmp_path, text=True,
+                           capture_output=True, check=True, env=os.environ | {"NO_PROXY": "*"})
+    assert "'label': 'blue'" in found.stdout
+    lines = page.inner_text("#javascript").replace("console.log(", "return (")
+    label = page.evaluate("""async ([lines, bytes]) => {
+        const file = new File([new Uint8Array(bytes)], "picture.png");
+        const run = async (file) => { LINES };
+        return (await run(file)).label;
+    }""".replace("LINES", lines), [None, list(plain("red"))])
+    assert label == "red"
+
+
+def read_csv(saved):
+    return list(csv.reader(io.StringIO(Path(saved.value.path()).read_text(), newline="")))
+
+
+def download(page):
+    with page.expect_download() as saved:
+        page.click("#download")
+    return read_csv(saved)
+
+
+def ask(url, name, data):
+    """Return the row of a table that the service's own answer makes."""
+    reply = httpx.post(f"{url}/predict?top_k=3", files={"file": (name, data)}, trust_env=False)
+    found = reply.json()
+    if reply.is_error:
+        return [name, "", "", "", "", "", found["code"]]
+    shares = {share["label"]: share["probability"] for share in found.get("top_k") or found["probabilities"]}
+    return [name, found["label"], found["confidence"], *(shares[label] for label in ("red", "green", "blue")), ""]
+
+
+def as_numbers(row):
+    return [float(cell) if cell and 1 < place < 6 else cell for place, cell in enumerate(row)]
+
+
+def test_a_batch_of_fifty(open_page, server, plain):
+    good = {f"{n:02} {colour}.png": plain(colour)
+            for n, colour in zip(range(47), ("red", "green", "blue", "yellow", "teal", "orange", "navy") * 7)}
+    bad = {"notes.png": b"no picture", "empty.png": b"", "half.png": plain("red")[:60]}
+    pictures = dict(sorted((good | bad).items()))
+    page = open_page(f"{server.url}/batch")
+    page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": data}
+                                    for name, data in pictures.items()])
+    page.wait_for_selector("#download:enabled")
+    assert page.inner_text("#status") == "50 files done, 3 failed"
+    head, *rows = download(page)
+    assert head == ["file", "label", "confidence", "red", "green", "blue", "error"]
+    assert [as_numbers(row) for row in rows] == [ask(server.url, name, data) for name, data in pictures.items()]
+    assert [row[0] for row in rows if row[-1]] == ["empty.png", "half.png", "notes.png"]
+    sides = page.locator("#rows canvas:not(.gone)").evaluate_all("all => all.map(one => one.width)")
+    assert sides == [56] * 47
+
+
+def test_filters_narrow_table_and_file(open_page, start, doubtful, plain):
+    with start(doubtful) as server:
+        page = open_page(f"{server.url}/batch")
+        page.set_input_files("#files", [picture(plain, colour) for colour in ("red", "blue", "yellow")]
+                             + [{"name": "a.png", "mimeType": "image/png", "buffer": b"x"}])
+        page.wait_for_selector("#download:enabled")
+        shown = {}
+        for kind in ("=blue", "!failed", "!unsure"):
+            page.select_option("#label", kind)
+            page.wait_for_selector("text=Download CSV (1 of 4 rows)")
+            shown[kind] = page.locator("#rows tr:visible .file").all_inner_texts()
+        assert shown == {"=blue": ["blue.png"], "!failed": ["a.png"], "!unsure": ["yellow.png"]}
+        page.select_option("#label", "")
+        page.fill("#high", "90")
+        page.wait_for_selector("text=Download CSV (1 of 4 rows)")
+        assert [row[0] for row in download(page)] == ["file", "yellow.png"]
+        page.fill("#low", "80")
+        page.wait_for_selector("#nothing:visible")
+        assert page.is_disabled("#download")
+
+
+def test_a_batch_of_several_labels(open_page, start, plain, tmp_path):
+    from automl_cv.export import colour_bundle
+
+    with start(colour_bundle(tmp_path / "model", "multilabel")) as server:
+        page = open_page(f"{server.url}/batch")
+        page.set_input_files("#files", [picture(plain, colour) for colour in ("yellow", "black", "red")])
+        page.wait_for_selector("#download:enabled")
+        assert page.locator("#rows .answer").all_inner_texts() == ["red, green", "none of the labels", "red"]
+        page.select_option("#label", "=green")
+        page.wait_for_selector("text=Download CSV (1 of 3 rows)")
+        assert page.locator("#rows tr:visible .file").all_inner_texts() == ["yellow.png"]
+
+
+def test_a_long_table_is_drawn_in_parts(open_page, server, plain, tmp_path):
+    for n in range(203):
+        (tmp_path / f"{n}.png").write_bytes(plain("red"))
+    page = open_page(f"{server.url}/batch")
+    page.set_input_files("#folder", tmp_path)
+    page.wait_for_selector("#download:enabled")
+    assert page.locator("#rows tr:visible").count() == 200
+    page.click("text=Show 3 more of 203 rows")
+    assert page.locator("#rows tr:visible").count() == 203 and page.is_hidden("#more")
+    assert len(download(page)) == 204
+
+
+def test_failed_rows_are_tried_again(open_page, server, plain):
+    page = open_page(f"{server.url}/batch")
+    page.context.set_offline(True)
+    page.set_input_files("#files", [picture(plain, "red"), picture(plain, "blue")])
+    page.wait_for_selector("#retry:visible")
+    assert page.inner_text("#status") == "2 files done, 2 failed"
+    assert "The service did not answer" in page.inner_text("#rows")
+    page.context.set_offline(False)
+    page.click("#retry")
+    page.wait_for_selector("#rows tr.failed", state="detached")
+    page.wait_for_selector("#download:enabled")
+    assert [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["blue.png", "blue"]]
+
+
+def test_a_folder_and_names_that_spreadsheets_would_run(open_page, server, plain, tmp_path):
+    for name in ("in/=1+1.png", "in/b,\"c\".png", "in/.hidden", "in/__MACOSX/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(plain("red"))
+    page = open_page(f"{server.url}/batch")
+    page.set_input_files("#folder", tmp_path / "in")
+    page.wait_for_selector("#download:enabled")
+    assert sorted(row[0] for row in download(page)[1:]) == ["in/=1+1.png", 'in/b,"c".png']
+    assert page.inner_text("#status") == "2 files done, 2 hidden files left out"
+    page.evaluate(GIVE, ["drop", ["=1+1.png", "-a.png", "@b.png"], list(plain("red"))])
+    page.wait_for_selector("text=5 files done")
+    assert sorted(row[0] for row in download(page)[1:])[:3] == ["'-a.png", "'=1+1.png", "'@b.png"]
+
+
+def test_a_zip_goes_as_it_is_or_is_refused_in_words(open_page, server, plain, tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.writestr("red.png", plain("red"))
+        archive.writestr("bad.png", b"no picture")
+    page = open_page(f"{server.url}/batch")
+    page.set_input_files("#files", tmp_path / "some.zip")
+    if "/predict/batch" not in httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["paths"]:
+        page.wait_for_selector("#message:visible")
+        assert page.inner_text("#message-title") == "This service takes no zip files"
+        assert "some.zip" in page.inner_text("#message-detail")
+    else:
+        page.wait_for_selector("text=2 files done, 1 failed")
+        assert [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["bad.png", ""]]
+
+
+def violations(page):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="NO AXE: not installed")
+    found = axe.Axe().run(page).response["violations"]
+    return [(rule["id"], node["html"]) for rule in found for node in rule["nodes"]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(open_page, start, doubtful, plain, scheme):
+    with start(doubtful) as server:
+        for path in PAGES:
+            page = open_page(server.url + path, color_scheme=scheme, reduced_motion="reduce")
+            page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+            assert violations(page) == [], path
+            if path == "/":
+                page.set_input_files("#file", picture(plain, "yellow"))
+                page.wait_for_selector("#answer:visible")
+                assert violations(page) == []
+                page.set_input_files("#file", {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"x"})
+                page.wait_for_selector("#trouble:visible")
+                assert violations(page) == []
+            if path == "/batch":
+                page.set_input_files("#files", [picture(plain, "yellow"), picture(plain)]
+                                     + [{"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"x"}])
+                page.wait_for_selector("#download:enabled")
+                assert violations(page) == []

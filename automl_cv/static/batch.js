@@ -11,8 +11,10 @@ const classes = JSON.parse(drop.dataset.classes);
 const AT_ONCE = 4; // enough to keep a small server's cores busy
 const PATIENCE = 5; // how often a busy server is asked again for the same picture
 const THUMBNAIL = 56; // side, CSS pixels
+const ROOM = 200; // rows drawn at once: a browser lays all of them out again for each answer
 const rows = []; // {name, file?, found?, trouble?, element}
 const queue = []; // jobs that wait: functions
+let room = ROOM;
 let running = 0;
 let stop = new AbortController();
 let leftOut = 0; // files of the operating system, in folders
@@ -50,6 +52,7 @@ function addRow(name, file) {
   place.textContent = name;
   const element = make("tr");
   element.append(picture, place, answer, share);
+  element.hidden = rows.length >= room;
   const row = { name, file, element };
   rows.push(row);
   find("rows").append(element);
@@ -67,6 +70,7 @@ function drawRow({ element, found, trouble }) {
   element.className = trouble ? "failed" : found ? "" : "waiting";
   answer.replaceChildren(found ? names(found) : make("span", "soft", trouble ? "" : "waiting"));
   share.replaceChildren();
+  [share.hidden, answer.colSpan] = [Boolean(trouble), trouble ? 2 : 1]; // what is wrong needs the room
   if (found) share.append(make("span", "number", percent(found.confidence)), bar(found.confidence));
   if (found?.uncertain) {
     answer.append(make("span", "tag", found.reason === "unlike_training" ? "unlike the training" : "not sure"));
@@ -96,10 +100,9 @@ function passes(row) {
 }
 
 function refresh() {
-  const shown = rows.filter((row) => {
-    row.element.hidden = !passes(row);
-    return !row.element.hidden;
-  });
+  const shown = rows.filter(passes);
+  const drawn = new Set(shown.slice(0, room));
+  for (const row of rows) row.element.hidden = !drawn.has(row);
   const done = rows.filter((row) => row.found || row.trouble).length;
   const failed = rows.filter((row) => row.trouble).length;
   const parts = [running ? `${done} of ${rows.length} done` : `${done} ${done === 1 ? "file" : "files"} done`];
@@ -107,6 +110,7 @@ function refresh() {
   if (leftOut) parts.push(`${leftOut} hidden ${leftOut === 1 ? "file" : "files"} left out`);
   if (shown.length < rows.length) parts.push(`${shown.length} shown`);
   find("status").textContent = parts.join(", ");
+  find("said").textContent = running ? "" : parts.join(", "); // read aloud once, not for every file
   [find("progress").max, find("progress").value] = [rows.length || 1, done];
   find("progress").hidden = !running;
   find("stop").hidden = !running;
@@ -116,19 +120,22 @@ function refresh() {
     shown.length < rows.length ? `Download CSV (${shown.length} of ${rows.length} rows)` : "Download CSV";
   find("results").hidden = !rows.length && !running;
   find("empty").hidden = rows.length > 0;
+  drop.classList.toggle("slim", rows.length > 0); // the table is what matters now
+  find("more").hidden = shown.length <= room;
+  find("more").textContent = `Show ${Math.min(ROOM, shown.length - room)} more of ${shown.length} rows`;
   find("nothing").hidden = shown.length > 0 || !rows.length;
   return shown;
 }
 
-// One drawing for all that happened since the last: thousands of rows would cost too much one by one.
+// One look over all rows for all that happened since the last: thousands of rows would cost too much one by one.
 let planned = false;
 function plan() {
   if (planned) return;
   planned = true;
-  requestAnimationFrame(() => {
+  setTimeout(() => {
     planned = false;
     refresh();
-  });
+  }, 100);
 }
 
 // --- The work
@@ -162,10 +169,15 @@ async function work(row) {
   await drawn; // no more pictures in memory than are under way
 }
 
+function inWords(code) {
+  const words = code.replaceAll("_", " ");
+  return words[0].toUpperCase() + words.slice(1);
+}
+
 function readLine(text) {
   const { file, code, detail, title, ...found } = JSON.parse(text);
   const row = addRow(file);
-  if (code) row.trouble = new Trouble(title ?? code.replaceAll("_", " "), detail, { code });
+  if (code) row.trouble = new Trouble(title ?? inWords(code), detail, { code });
   else row.found = found;
   drawRow(row);
   plan();
@@ -213,6 +225,7 @@ function start(jobs) {
   if (stop.signal.aborted) stop = new AbortController();
   queue.push(...jobs);
   for (let i = 0; i < AT_ONCE; i += 1) run();
+  refresh();
 }
 
 function take(items) {
@@ -243,4 +256,8 @@ find("retry").addEventListener("click", () => {
 find("download").addEventListener("click", () => {
   save(writeCsv(refresh(), classes, ranking), "answers.csv", "text/csv");
 });
-for (const id of ["label", "low", "high"]) find(id).addEventListener("input", plan);
+find("more").addEventListener("click", () => {
+  room += ROOM;
+  refresh();
+});
+for (const id of ["label", "low", "high"]) find(id).addEventListener("input", refresh);

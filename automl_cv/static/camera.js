@@ -22,8 +22,10 @@ export function useCamera(take, fail) {
     } catch {
       return fail("The camera cannot be used", "There is none, or the browser was told not to lend it to this page.");
     }
+    find("shoot").disabled = true; // until there is something to take
     dialog.showModal();
-    await video.play();
+    await video.play().catch(() => {}); // the dialog was closed before the first picture came
+    find("shoot").disabled = !video.videoWidth;
   });
   find("shoot").addEventListener("click", async () => {
     const file = await shoot(video);

@@ -1,7 +1,7 @@
 // Answers as a table for spreadsheets (RFC 4180).
 
 // A spreadsheet runs a text that starts like this as a formula, and names of files come from strangers.
-const safe = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+const safe = (text) => (/^[=+\-@\t\r\n]/.test(text) ? `'${text}` : text);
 
 const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 

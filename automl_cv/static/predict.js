@@ -44,6 +44,7 @@ function showAnswer(found) {
   find("answer").classList.toggle("unsure", Boolean(found.uncertain));
   find("notes").textContent = (found.notes ?? []).map((note) => `Note: ${note}.`).join(" ");
   show("answer");
+  find("answer").scrollIntoView({ block: "nearest" }); // on a phone it is below the picture
 }
 
 function showTrouble(title, detail, { requestId, passes } = {}) {
