@@ -48,13 +48,13 @@ def wait_live(server: Server, seconds: float = 30.0) -> None:
 
 
 @contextmanager
-def start_server(log: Path, bundle: Path, command: tuple[str, ...] = MODULE) -> Iterator[Server]:
-    """Run a service on a free port of this machine; `{port}` in the command is replaced."""
+def start_server(log: Path, bundle: Path, command: tuple[str, ...] = MODULE, **more: str) -> Iterator[Server]:
+    """Run a service on a free port of this machine; `{port}` in the command is replaced. `more` is environment."""
     port = free_port()
-    env = os.environ | {"AUTOML_CV_MODEL": str(bundle), "HOST": "127.0.0.1", "PORT": str(port)}
+    env = os.environ | {"AUTOML_CV_MODEL": str(bundle), "HOST": "127.0.0.1", "PORT": str(port)} | more
     command = (sys.executable, *(part.format(port=port) for part in command))
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=stderr)
+    with log.open("wb") as stderr, log.with_name("journal.txt").open("wb") as stdout:
+        process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr)
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         wait_live(server)
@@ -74,8 +74,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., AbstractContextManager[Server]]:
-    """Return a function that runs a service: start(bundle, command)."""
-    return lambda *args: start_server(tmp_path / "stderr.txt", *args)
+    """Return a function that runs a service: start(bundle, command, NAME="value of the environment")."""
+    return lambda *args, **more: start_server(tmp_path / "stderr.txt", *args, **more)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_served_labels_are_those_over_their_thresholds(done, start):
             answer = httpx.post(f"{server.url}/predict?top_k=99", files=files, trust_env=False).json()
             plain = httpx.post(f"{server.url}/predict", files=files, trust_env=False).json()
             assert list(plain) == ["label", "confidence", "class_index", "labels", "uncertain", "reason", "outlier"]
-            shares = {share["label"]: share["probability"] for share in answer["probabilities"]}
+            shares = {share["label"]: share["probability"] for share in answer["top_k"]}
             over = [{"label": name, "probability": shares[name]} for name, least
                     in zip(info["classes"], info["thresholds"]["labels"]) if shares[name] >= least]
             assert plain["labels"] == over
