@@ -117,13 +117,13 @@ def fill_folder(
     root: Path,  # a checkout
     serving: dict[str, int],  # percent by revision, now
 ) -> None:
-    """Put together what the build needs, and the manifests. Raises AutomlError wrong_parameter_type."""
+    """Put together what the build needs, and the manifests. Raises AutomlError not_private."""
     names = {"SERVICE": target.service, "REVISION": release.revision, "IMAGE": release.image,
              "BUCKET": target.bucket}
     service, job = (Template((root / f"deploy/{name}.yaml").read_text()).substitute(names)
                     for name in ("service-gpu" if target.gpu else "service", "job"))
     if not target.public and "invoker-iam-disabled" in service:
-        raise AutomlError("wrong_parameter_type", "The manifest lets everybody in.", "Say --public if so.")
+        raise AutomlError("not_private", "The manifest lets everybody in.", "Say --public if so.")
     with atomic_folder(release.folder) as folder:
         for path in (root / name for name in SOURCES):
             copy = shutil.copytree if path.is_dir() else shutil.copy
@@ -193,7 +193,7 @@ def deploy(
     root: Path,  # a checkout
     dry_run: bool = False,  # only print the commands
 ) -> None:
-    """Deploy a bundle to Cloud Run. Raises AutomlError not_ready, wrong_parameter_type, missing_extra."""
+    """Deploy a bundle to Cloud Run. Raises AutomlError not_ready, not_private, missing_extra."""
     release = name_release(target, bundle, root)
     commands = list_commands(target, release)
     for words in commands.values():
@@ -202,7 +202,7 @@ def deploy(
         return
     found = json.loads(_run(commands["find"], read=True))
     if found and not target.public and is_public(json.loads(_run(commands["policy"], read=True))):
-        raise AutomlError("wrong_parameter_type", f"Everybody may call {target.service}.",
+        raise AutomlError("not_private", f"Everybody may call {target.service}.",
                           "Say --public if that is meant, or remove allUsers from its policy.")
     fill_folder(target, release, bundle, root, find_serving(found))
     for name in ("build", "replace"):

@@ -18,12 +18,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .core import CODES, AutomlError, Code, hash_bytes
+from .core import AutomlError, hash_bytes
 from .web import problem_response
 
 # %% ../nbs/05da_guard.ipynb #c2db1d76
-CODES.update(no_key=Code(401, 2, "The API key is missing or wrong"),
-             wrong_host=Code(421, 2, "The service does not answer to this name"))
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 # %% ../nbs/05da_guard.ipynb #1d90c1b7

@@ -112,7 +112,8 @@ def affordable(
     speeds = {"head": 0.0, "last": entrant.forward / 1.6} if pretrained else {}
     epochs = {scope: seconds * speed / pictures if speed else 0.0
               for scope, speed in (speeds | {"all": entrant.train}).items()}
-    least = {scope: expected_error(1.0, min(count, ENOUGH[pretrained]), scope) for scope, count in epochs.items()}
+    enough = ENOUGH[pretrained]
+    least = {scope: expected_error(1.0, min(count, enough), scope) for scope, count in epochs.items()}
     scope = min(least, key=least.get)
     return scope, epochs[scope]
 

@@ -18,11 +18,8 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from .core import CODES, AutomlError, Code
+from .core import AutomlError
 from .web import problem_response
-
-# %% ../nbs/05c_pool.ipynb #1367bd61
-CODES.update(busy=Code(503, 5, "The service is busy"), too_slow=Code(408, 5, "The upload is too slow"))
 
 # %% ../nbs/05c_pool.ipynb #5b575027
 class Busy(AutomlError):

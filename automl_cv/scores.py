@@ -62,7 +62,8 @@ def score_classes(
     thresholds: Any = None,  # not used
 ) -> dict[str, Any]:  # metric, accuracy, low, high, balanced_accuracy, macro_f1, loss, images
     """Judge logits against the true classes; one that neither occurs nor was said does not count."""
-    classes, loss = logits.shape[1], class_loss(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets))
+    classes = logits.shape[1]
+    loss = class_loss(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets))
     pairs = np.bincount(targets * classes + logits.argmax(axis=1), minlength=classes**2)
     confusion = pairs.reshape(classes, classes)
     right, true, said = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
