@@ -138,6 +138,7 @@ def run(
     max_latency_ms: Annotated[float, typer.Option(help="Limit on CPU time per picture.", min=0)] = 0.0,
     max_size_mb: Annotated[float, typer.Option(help="Limit on the model's size.", min=0)] = 0.0,
     target_accuracy: Annotated[float, typer.Option(help="Of answers that are not abstained from.")] = 0.99,
+    int8: Annotated[bool, typer.Option("--int8", help="Add an int8 graph where it passes.")] = False,
     space: Annotated[str, typer.Option(help="Of the search: standard or original.")] = "standard",
     storage: Annotated[str, typer.Option(help="Optuna storage that several runs may share.")] = "",
     name: Annotated[str, typer.Option(help="Of the registered model.")] = "automl_cv",
@@ -155,7 +156,7 @@ def run(
                               f"Go on with {command()} resume {out}, or choose another --out.")
     request = Request(data, backbone, not scratch, transforms, size, seconds,
                       chosen.trials if trials < 0 else trials, max_epochs or chosen.max_epochs, epochs,
-                      batch_size, min_accuracy, metric, max_latency_ms, max_size_mb, target_accuracy, space,
+                      batch_size, min_accuracy, metric, max_latency_ms, max_size_mb, target_accuracy, int8, space,
                       storage, name, seed, label, group, fix, str(review.resolve()) if review else "")
     _finish(open_run(out), request, run_notebook if notebooks else call_step, as_json)
 

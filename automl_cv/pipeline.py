@@ -111,6 +111,7 @@ class Request:
     max_milliseconds: float = 0.0  # CPU time per picture that the model may take; 0 for no limit
     max_megabytes: float = 0.0  # that the model may have; 0 for no limit
     target_accuracy: float = 0.99  # of the answers that the model does not abstain from
+    int8: bool = False  # add an int8 graph where it passes its gate
     space: str = "standard"  # of the search: "standard" or "original"
     storage: str = ""  # Optuna storage URL; empty is a SQLite file in the workspace
     name: str = "automl_cv"  # of the registered model
@@ -182,7 +183,7 @@ def plan_train(
     left: float,  # seconds for the training; infinite without a budget
 ) -> dict[str, Any]:  # the step's parameters
     """Choose the final training's parameters: the epochs that fit, or the tuned ones without a limit."""
-    chosen = _choice(request) | {"epochs": request.epochs}
+    chosen = _choice(request) | {"epochs": request.epochs, "int8": request.int8}
     if not request.seconds:
         return chosen
     return chosen | {"epochs": plan.epochs, "scope": plan.scope, "seconds": round(max(0.1, left), 1)}
