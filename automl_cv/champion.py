@@ -221,7 +221,7 @@ def draw_leaderboard(
         axes.errorbar(table.milliseconds, table.score, spread, fmt="o", color="#7a8794", ecolor="#d5dbe1")
         front = table[pareto(table)].sort_values("milliseconds")
         axes.plot(front.milliseconds, front.score, "o-", color="#1b6fb3", label="none is better and cheaper")
-        for row in front.itertuples():
+        for row in front.drop_duplicates(["milliseconds", "score"]).itertuples():  # names would overlap
             axes.annotate(row.name, (row.milliseconds, row.score), (6, -12), textcoords="offset points")
         axes.legend(frameon=False, loc="lower right")
     axes.set(xlabel="CPU milliseconds per picture", ylabel="validation score, 95 % interval")
