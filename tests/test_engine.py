@@ -70,7 +70,7 @@ def test_backbones_without_weights_are_named_and_nothing_pretends(tmp_path):
     assert (info["backbone"], info["pretrained"]) == ("small_cnn", False)
 
 
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="LOUD: ../shared/weights is absent")
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="NO BACKBONES RACE: ../shared/weights is absent")
 def test_auto_races_the_backbones_whose_weights_are_there(tmp_path):
     status, out, err = call(tmp_path, "run", "demo:20", "--out", tmp_path / "run", "--time", "none", "--trials", "1",
                             "--max-epochs", "1", AUTOML_CV_WEIGHTS=str(WEIGHTS), TORCH_HOME=str(tmp_path / "empty"))
