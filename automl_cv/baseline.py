@@ -66,7 +66,9 @@ def standard_config(
     **changes: Any,  # fields of Config
 ) -> Config:
     """Return settings that are known to work: more decay and less speed for a pretrained network."""
-    known = {"lr": 5e-4, "weight_decay": 0.05} if pretrained else {"lr": 3e-3, "weight_decay": 0.02}
+    known = {"lr": 3e-3, "weight_decay": 0.02}
+    if pretrained:
+        known = {"lr": 5e-4, "weight_decay": 0.05, "norm": "frozen", "label_smoothing": 0.0}
     return replace(Config(backbone=backbone, pretrained=pretrained, **known), **changes)
 
 # %% ../nbs/02_baseline.ipynb #3fae3c39

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .convolutions import ease_training, fold_norms
 from .machine import has_bfloat16
 from .models import Classifier
 from .zoo import find_backbone
@@ -85,7 +86,7 @@ def measure_cost(
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         forward = pictures_per_second(lambda: model(images), len(images), seconds / 2)
-    model.train()
+    ease_training(model.train(), model.pretrained and fold_norms(model) > 0)
     few = images[:max(2, len(images) // 3)]
     train = pictures_per_second(lambda: _train_step(model, optimizer, few), len(few), seconds / 2)
     return Cost(forward, train)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .augment import shrink
 from .batches import iterate_batches
 from .cache import Images
+from .convolutions import ease_training, fold_norms
 from .core import AutomlError, atomic_path, check_stop, say, track
 from .machine import has_bfloat16, is_out_of_memory, keep_memory, one_thread, pick_device
 from .models import Classifier, create_model
@@ -79,8 +80,11 @@ def start_training(
     model = create_model(config.backbone, classes, config.pretrained, config.seed)
     if head is not None:
         _set_head(model, head)
+    frozen = config.norm == "frozen" and model.pretrained and fold_norms(model) > 0
     set_scope(model.to(pick_device()), config.scope)
-    averaged, optimizer = copy.deepcopy(model).eval(), make_optimizer(model, config)
+    averaged = copy.deepcopy(model).eval()
+    ease_training(model, frozen)
+    optimizer = make_optimizer(model, config)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     balance = balance_classes(train.targets, classes, config.balance, config.task)
     return Training(config, model, averaged, optimizer, steps, balance, seconds)

@@ -38,6 +38,7 @@ class Config:
     strength: float = 0.0  # of crops and colours, 0 to 1
     balance: str = "none"  # of classes: "none", "weights", "sampling" or "logits" (logit adjustment)
     scope: str = "all"  # what is trained: "head", "last" (the last stage too) or "all"
+    norm: str = "batch"  # statistics of batch norms: "batch" (of each batch) or "frozen" (of the weights)
     layer_decay: float = 1.0  # from one stage's learning rate to the one's before, above 0, at most 1
     start_size: int = 0  # side of the first epochs' input, pixels, growing to `size`; 0 for `size` all along
     ema: float = 0.99  # decay of the averaged weights that are judged and shipped; 0 for none
