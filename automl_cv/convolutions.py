@@ -71,8 +71,8 @@ class _Convolution(nn.Conv2d):
     shift: tuple[nn.BatchNorm2d, ...] = ()  # the norm that was folded in; a tuple, so that it isn't a child
 
     def forward(self, pictures: Tensor) -> Tensor:
-        weight, bias, kind = self.weight, self.shift[0].bias if self.shift else self.bias, pictures.device.type
-        shape = self.stride, self.padding, self.dilation, self.groups
+        bias, shape = self.shift[0].bias if self.shift else self.bias, (self.stride, self.padding)
+        weight, kind, shape = self.weight, pictures.device.type, (*shape, self.dilation, self.groups)
         if not (torch.is_autocast_enabled(kind) and max(self.stride) > 1 and pictures.requires_grad
                 and kind == "cpu" and self.groups == self.in_channels > 1):
             return torch.conv2d(pictures, weight, bias, *shape)
