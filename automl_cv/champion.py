@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from .core import AutomlError, Run, atomic_folder, read_json, say, write_json
-from .tasks import TITLES
+from .core import AutomlError, Run, atomic_folder, look_up, read_json, say
 
 # %% ../nbs/01g_champion.ipynb #3a77c794
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1",
@@ -39,11 +38,9 @@ def judged_by(
     metric: str = "",  # a key of `METRICS`; empty keeps the task's own
 ) -> dict[str, Any]:  # the same figures
     """Name the figure that models are compared by. Raises AutomlError unknown_parameter."""
-    if metric and metric not in figures:
-        known = ", ".join(name for name in METRICS if name in figures)
-        raise AutomlError("unknown_parameter", f"There is no metric {metric!r} for this task.",
-                          f"Choose one of {known}.")
-    return figures | {"metric": metric or figures["metric"]}
+    metric = metric or figures["metric"]
+    look_up({name: value for name, value in figures.items() if name in METRICS}, metric, "metric")
+    return figures | {"metric": metric}
 
 # %% ../nbs/01g_champion.ipynb #17e36d76
 def graph_cost(
