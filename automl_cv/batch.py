@@ -20,7 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from .core import AutomlError, check_stop, hash_bytes, is_system, sync_folder, track
+from .core import AutomlError, check_stop, hash_bytes, is_system, sync, track
 from .items import SEPARATOR
 from .predict import Prediction, Predictor, predict_files
 
@@ -170,7 +170,7 @@ def write_table(
             failed += _append(file, block)
             check_stop()
         draft.replace(table)
-    sync_folder(table.parent)
+    sync(table.parent)
     return Tally(len(files), failed, kept, time.monotonic() - started)
 
 # %% ../nbs/04d_batch.ipynb #ecd306ce

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from .core import AutomlError, Run, hash_bytes, home
-from .data import open_test, read_split, row_targets, run_step
+from .core import Run, hash_bytes
+from .data import open_test, read_split, row_targets
 from .pixels import Policy, centre_crop
 from .store import find_or_decode, store_folder
 
@@ -125,8 +125,6 @@ def load_images(
     seed: int = 0,
 ) -> Images:  # one split after the other
     """Return the pictures of splits. Raises AutomlError step_missing, source_changed, seal_broken."""
-    if not run.manifest.exists():
-        raise AutomlError("step_missing", "The run has no manifest.", "Run step 1 (data) first.")
     names = (splits,) if isinstance(splits, str) else splits
     parts = [open_test(run, "load_images") if name == "test" else read_split(run, name) for name in names]
     rows = pd.concat(parts, ignore_index=True)

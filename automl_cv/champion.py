@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from .core import AutomlError, Run, atomic_folder, read_json, say, write_json
-from .tasks import TITLES
+from .core import AutomlError, Run, atomic_folder, look_up, read_json, say
 
 # %% ../nbs/01g_champion.ipynb #3a77c794
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1",
@@ -39,18 +38,16 @@ def judged_by(
     metric: str = "",  # a key of `METRICS`; empty keeps the task's own
 ) -> dict[str, Any]:  # the same figures
     """Name the figure that models are compared by. Raises AutomlError unknown_parameter."""
-    if metric and metric not in figures:
-        known = ", ".join(name for name in METRICS if name in figures)
-        raise AutomlError("unknown_parameter", f"There is no metric {metric!r} for this task.",
-                          f"Choose one of {known}.")
-    return figures | {"metric": metric or figures["metric"]}
+    metric = metric or figures["metric"]
+    look_up({name: value for name, value in figures.items() if name in METRICS}, metric, "metric")
+    return figures | {"metric": metric}
 
 # %% ../nbs/01g_champion.ipynb #17e36d76
 def graph_cost(
     path: Path,  # an ONNX graph with one input, uint8 [N, S, S, 3]
     size: int,  # S, pixels
     seconds: float = 0.5,  # how long to measure
-) -> tuple[float, float]:  # CPU milliseconds per picture, one at a time; size in megabytes
+) -> dict[str, float]:  # milliseconds: CPU time per picture, one at a time; megabytes: of the file
     """Measure what an exported network costs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -62,7 +59,7 @@ def graph_cost(
         before = time.thread_time()
         session.run(None, feed)
         costs.append(1000 * (time.thread_time() - before))
-    return float(np.median(costs)), Path(path).stat().st_size / 1e6
+    return {"milliseconds": float(np.median(costs)), "megabytes": Path(path).stat().st_size / 1e6}
 
 # %% ../nbs/01g_champion.ipynb #276fe474
 @dataclass(frozen=True)
@@ -129,29 +126,29 @@ def champion_worth(
     figures = read_json(path).get("validation") if path.exists() else None
     return worth(figures) if figures else -math.inf
 
-# %% ../nbs/01g_champion.ipynb #d4dfcfdc
-class _Refused(Exception):
-    pass
-
-# %% ../nbs/01g_champion.ipynb #bb593cf3
-def _replace(run: Run, candidate: Candidate, write: Callable[[Path], Any], limits: Limits) -> dict[str, Any]:
-    cost = {}
-    try:
-        with atomic_folder(run.bundle) as draft:
-            write(draft)
-            cost["milliseconds"], cost["megabytes"] = graph_cost(draft / "model.onnx", candidate.size)
-            if trouble := limits.trouble(**cost):
-                raise _Refused(trouble)
-    except _Refused as refusal:
-        cost["reason"] = str(refusal)
-    return cost
-
 # %% ../nbs/01g_champion.ipynb #4ff79228
 def _known_cost(run: Run, candidate: Candidate) -> dict[str, Any]:
     for row in read_rows(run):
         if (row["backbone"], row["size"]) == (candidate.backbone, candidate.size) and row["megabytes"]:
             return {name: row[name] for name in ("milliseconds", "megabytes")}
     return {}
+
+# %% ../nbs/01g_champion.ipynb #d4dfcfdc
+class _Refused(Exception):
+    pass
+
+# %% ../nbs/01g_champion.ipynb #bb593cf3
+def _replace(run: Run, candidate: Candidate, write: Callable[[Path], Any], limits: Limits) -> dict[str, Any]:
+    cost = _known_cost(run, candidate)
+    try:
+        with atomic_folder(run.bundle) as draft:
+            write(draft)
+            cost = cost or graph_cost(draft / "model.onnx", candidate.size)
+            if trouble := limits.trouble(**cost):
+                raise _Refused(trouble)
+    except _Refused as refusal:
+        return cost | {"reason": str(refusal)}
+    return cost
 
 # %% ../nbs/01g_champion.ipynb #7ad81524
 def offer(
@@ -189,18 +186,20 @@ def leaderboard(
 ) -> "pd.DataFrame":  # one row per candidate, best first
     """Put the leaderboard into a table."""
     import pandas as pd  # here, so that the command line starts without it
-    own, judged = ("milliseconds", "megabytes", "epochs", "seconds"), ("low", "high")
+    own, judged = ("milliseconds", "megabytes", "epochs", "seconds"), ("metric", "low", "high")
     rows = [{"name": row["name"], "stage": row["stage"],
              "score": row["figures"].get(row["figures"].get("metric"))}
             | {name: row["figures"].get(name) for name in judged} | {name: row[name] for name in own}
             | {"dropped": row["reason"]} for row in read_rows(run)]
-    return pd.DataFrame(rows, columns=["name", "stage", "score", *judged, *own, "dropped"])
+    table = pd.DataFrame(rows, columns=["name", "stage", "score", *judged, *own, "dropped"])
+    return table.assign(**table[["low", "high"]].where(table.metric.isin(["accuracy", "map"])))
 
 # %% ../nbs/01g_champion.ipynb #95dce9f8
 def pareto(
-    table: "pd.DataFrame",  # with score (more is better) and milliseconds
+    table: "pd.DataFrame",  # as `leaderboard` gives it
 ) -> "pd.Series":  # bool, on the front
     """Mark the candidates that no other one beats in both score and cost."""
+    table = table.assign(score=table.score.where(table.metric != "loss", -table.score))  # more is better
     def beaten(row: Any) -> bool:
         no_worse = (table.score >= row.score) & (table.milliseconds <= row.milliseconds)
         return bool((no_worse & ((table.score > row.score) | (table.milliseconds < row.milliseconds))).any())
@@ -224,6 +223,8 @@ def draw_leaderboard(
         for row in front.drop_duplicates(["milliseconds", "score"]).itertuples():  # names would overlap
             axes.annotate(row.name, (row.milliseconds, row.score), (6, -12), textcoords="offset points")
         axes.legend(frameon=False, loc="lower right")
-    axes.set(xlabel="CPU milliseconds per picture", ylabel="validation score, 95 % interval")
+        interval = ", 95 % interval" if table.low.notna().any() else ""
+        axes.set(ylabel=f"validation {METRICS[table.metric.iloc[0]]}{interval}")
+    axes.set(xlabel="CPU milliseconds per picture")
     axes.spines[["top", "right"]].set_visible(False)
     return figure

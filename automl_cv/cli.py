@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Latency', 'Megabytes', 'Int8', 'Space',
-           'Storage', 'Fix', 'Apply', 'Gate', 'METRICS', 'closing_lines', 'command', 'told', 'find_run_preset', 'run',
-           'resume', 'check_facts', 'check_lines', 'check_folder', 'check', 'part_name', 'predict', 'serve', 'deploy',
-           'main']
+           'Storage', 'Fix', 'Apply', 'Gate', 'closing_lines', 'command', 'told', 'run', 'resume', 'check_facts',
+           'check_lines', 'check_folder', 'check', 'part_name', 'predict', 'serve', 'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
 import json
@@ -20,12 +19,13 @@ from typing import Annotated, Any
 import typer
 
 from .batch import print_table, walk, write_table
-from .core import AutomlError, Run, hash_bytes, home, open_run, parse_time, stop_on_signals
+from .champion import METRICS
+from .core import (AutomlError, Run, hash_bytes, home, look_up, open_run, parse_time,
+                            stop_on_signals)
 from .deploy import Target
 from .deploy import deploy as deploy_bundle
-from .pipeline import PRESETS, Execute, Preset, Request, call_step, run_notebook, run_pipeline
+from .pipeline import PRESETS, Execute, Request, call_step, run_notebook, run_pipeline
 from .predict import Predictor, read_bundle
-from .tasks import TITLES, headline
 
 # %% ../nbs/07a_cli.ipynb #3086c477
 def closing_lines(
@@ -33,10 +33,11 @@ def closing_lines(
     results: dict[str, Any],  # the content of results.json
 ) -> list[str]:
     """Write what a user wants to know at the end: figures, where things are, and what to type next."""
-    lines = ["", f"{'':10}{TITLES[results['final']['metric']]:>9}  95 % interval    measured on"]
+    metric = results["final"]["metric"]  # of every row, whatever the models were chosen by
+    lines = ["", f"{'':10}{METRICS[metric]:>9}  95 % interval    measured on"]
     for name in ("baseline", "tuned", "champion", "final"):
         if entry := results.get(name):
-            lines.append(f"{name:10}{headline(entry):>9.1%}  {entry['low']:.1%} to {entry['high']:.1%}   "
+            lines.append(f"{name:10}{entry[metric]:>9.1%}  {entry['low']:.1%} to {entry['high']:.1%}   "
                          f"{entry['split']}, {entry['images']} pictures")
     if not results.get("pretrained"):
         lines.append("Trained from scratch, without pretrained weights.")
@@ -112,19 +113,6 @@ def _finish(run: Run, request: Request, execute: Execute, as_json: bool) -> None
         print(json.dumps(results) if as_json else "\n".join(closing_lines(run, results)))
 
 # %% ../nbs/07a_cli.ipynb #46f875ba
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "loss", "map")  # of champion, which would import much
-
-# %% ../nbs/07a_cli.ipynb #619f1458
-def find_run_preset(
-    name: str,  # a key of pipeline.PRESETS
-) -> Preset:
-    """Look a preset up. Raises AutomlError unknown_parameter."""
-    if name not in PRESETS:
-        raise AutomlError("unknown_parameter", f"There is no preset {name!r}.",
-                          f"Choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
-
-# %% ../nbs/07a_cli.ipynb #a042b38a
 @cli.command()
 def run(
     data: Data,
@@ -152,7 +140,7 @@ def run(
 ) -> None:
     """Train the best model that the time buys: data, baseline, tune, train, evaluate, serve."""
     with told():
-        chosen = find_run_preset(preset)
+        chosen = look_up(PRESETS, preset, "preset")
         seconds = 0.0 if time_ == "none" else parse_time(time_) if time_ else chosen.seconds
         if (out / "request.json").exists():
             raise AutomlError("run_exists", f"{out} holds a run.",

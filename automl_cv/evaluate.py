@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from .answers import (Answers, Explain, answer_rows, draw_confusion, draw_labels, draw_mistakes,
                                draw_trust, measure)
+from .bundles import MAX_DIFFERENCE
 from .core import AutomlError, Run, atomic_path, say
 from .data import open_test, row_targets
 from .export import annotate_bundle
@@ -64,7 +65,7 @@ def check_parity(
     worst = float(np.abs(answers.probabilities[:count] - expected).max())
     others = answers.task.decide(expected, answers.thresholds) != answers.said[:count]
     changed = int(others.any(axis=1).sum())
-    if worst > 1e-4 or (changed and answers.task.exclusive):
+    if not worst <= MAX_DIFFERENCE or (changed and answers.task.exclusive):  # nor is NaN
         raise AutomlError("bundle_damaged",
                           f"The bundle differs from the trained model: {worst:.2g}, {changed} labels.",
                           "Export it with the pinned versions of constraints.txt.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from .audit import KINDS, Finding, spellings
-from .core import CODES, AutomlError, atomic_path
+from .core import CODES, AutomlError, atomic_path, look_up
 from .items import SEPARATOR, clean_label, split_labels
 
 # %% ../nbs/00n_fixes.ipynb #2607bbf0
@@ -116,10 +116,8 @@ def apply_review(
     task: str = "classification",  # or "multilabel"
 ) -> pd.DataFrame:  # a changed copy
     """Carry out the actions of a table. Raises AutomlError unknown_parameter, source_changed and others."""
-    unknown = sorted(set(table.action) - set(ACTIONS))
-    if unknown:
-        raise AutomlError("unknown_parameter", f"There is no action {unknown[0]!r}.",
-                          f"Choose one of {', '.join(ACTIONS)}.")
+    for action in table.action.unique():
+        look_up(ACTIONS, action, "action")
     table = pd.DataFrame({"kind": "reviewed", "detail": ""}, index=table.index).assign(**table)
     table = table[(table.action != "look") & (table.path != "")]
     result = manifest.set_index("path", drop=False)
@@ -142,9 +140,7 @@ def apply_fixes(
     task: str = "classification",  # or "multilabel"
 ) -> pd.DataFrame:  # a changed copy
     """Carry out what the findings of some kinds propose. Raises AutomlError unknown_parameter."""
-    unknown = sorted(set(kinds) - set(KINDS))
-    if unknown:
-        raise AutomlError("unknown_parameter", f"There are no findings of the kind {unknown[0]!r}.",
-                          f"Choose among {', '.join(KINDS)}.")
+    for kind in kinds:
+        look_up(KINDS, kind, "kind of findings")
     chosen = [finding for finding in findings if finding.kind in kinds]
     return apply_review(manifest, findings_table(chosen, manifest), task)

@@ -6,6 +6,7 @@
 __all__ = ['find_layer', 'gradcam']
 
 # %% ../nbs/04c_gradcam.ipynb #7a1d2fba
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -37,19 +38,17 @@ def find_layer(
             found.append(name)
         elif isinstance(output, Tensor) and output.ndim == 3:  # tokens
             found.append("")
-    hooks = [layer.register_forward_hook(partial(watch, name))
-             for name, layer in model.body.named_modules() if name]
-    model.features(torch.zeros(1, size, size, 3, dtype=torch.uint8))
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for name, layer in list(model.body.named_modules())[1:]:  # the first is the body itself
+            hooks.enter_context(layer.register_forward_hook(partial(watch, name)))
+        model.features(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     return found[-1]
 
 # %% ../nbs/04c_gradcam.ipynb #a4d5f119
 def _heat(model: Classifier, layer: str, images: np.ndarray, marks: np.ndarray) -> np.ndarray:
     kept: list[Tensor] = []
-    hook = model.body.get_submodule(layer).register_forward_hook(lambda *call: kept.append(call[2]))
-    logits = model(torch.tensor(images))
-    hook.remove()
+    with model.body.get_submodule(layer).register_forward_hook(lambda *call: kept.append(call[2])):
+        logits = model(torch.tensor(images))
     slopes, = torch.autograd.grad(logits[torch.tensor(marks)].sum(), kept[-1])
     maps, slopes = _as_map(kept[-1].detach()), _as_map(slopes)
     heat = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1, keepdim=True).relu()

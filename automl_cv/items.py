@@ -7,7 +7,6 @@ __all__ = ['SEPARATOR', 'SPLITS', 'Item', 'Source', 'clean_label', 'split_labels
 
 # %% ../nbs/00c_items.ipynb #ef2f282a
 import os
-import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator

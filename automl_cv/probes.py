@@ -25,7 +25,6 @@ from .learner import Config
 from .models import Classifier, create_model
 from .plan import Entrant
 from .race import Track, probe
-from .scores import JUDGES
 
 # %% ../nbs/01k_probes.ipynb #f77f80c8
 SMALL = 1000  # training and validation pictures; up to here the figures come from folds
@@ -179,7 +178,7 @@ def best_head(
     terms: Terms,  # what may ship
     seconds: float,  # time limit of the search; 0 for none
     count: int = 0,  # training pictures; 0 for all
-) -> dict[str, Any]:  # figures, calibration, and what the search found
+) -> dict[str, Any]:  # figures, and what the search found
     """Search the head of the race's winner, offer it, and keep it for fine-tuning."""
     started, run = time.monotonic(), track.run
     model = create_model(config.backbone, len(run.read("data")["classes"]), config.pretrained, config.seed)
@@ -190,8 +189,7 @@ def best_head(
     candidate = Candidate(f"{config.backbone} {config.size} best head", "head", config.backbone, config.size,
                           seconds=time.monotonic() - started)
     offer_model(track, config, with_head(model, found.head), found.answers, terms, candidate)
-    figures, logits, targets = found.answers
+    figures = found.answers[0]
     say(f"  {len(found.table)} heads tried, best {METRICS[figures['metric']]} {abs(worth(figures)):.4f}")
     return {"figures": figures, "backbone": config.backbone, "size": config.size,
-            "config": asdict(found.config), "tried": len(found.table), "train_images": count,
-            "calibration": JUDGES[config.task].calibrate(logits, targets)}
+            "config": asdict(found.config), "tried": len(found.table), "train_images": count}

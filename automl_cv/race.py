@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from .cache import Images, load_images
 from .champion import judged_by, worth

@@ -28,7 +28,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from .bounds import make_room, touch
-from .core import AutomlError, hash_bytes, home, sync_folder
+from .core import AutomlError, hash_bytes, home, sync
 from .items import Item, why_ignored
 
 # %% ../nbs/00f_remote.ipynb #add10217
@@ -229,7 +229,7 @@ def fetch(
         file.flush()
         os.fsync(file.fileno())
         part.replace(place)
-    sync_folder(place.parent)
+    sync(place.parent)
     return place
 
 # %% ../nbs/00f_remote.ipynb #7df49521

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from .audit import KINDS, SHOWN, Finding, judged, report
 from .cache import Images, decode_rows
 from .core import Run, check_stop
-from .data import encode_targets, natural_key, open_step, write_results
+from .data import encode_targets, natural_key, read_manifest, write_results
 from .features import VIEWS, feature_bank
 from .items import SEPARATOR, split_labels
 from .models import create_model
@@ -174,7 +174,7 @@ _WEAK = "WRONG LABELS WERE SOUGHT BY COLOURS AND EDGES ONLY, and many were misse
 # %% ../nbs/01d_review.ipynb #f61aaa65
 def review(
     source: str,  # as given to `open_source`
-    manifest: pd.DataFrame,  # one row per file; `group` names what belongs together, "" for nothing
+    manifest: pd.DataFrame,  # one row per file, with `group` and `twin`
     task: str = "classification",  # or "multilabel"
     backbone: str = "mobilenet_v2",  # a key of `models.ZOO`
     size: int = 192,  # of the pictures that it sees, pixels
@@ -184,7 +184,7 @@ def review(
     if task == "classification":
         rows = rows[rows.label.map(rows.label.value_counts()) >= FOLDS]
     classes = sorted({name for label in rows.label for name in split_labels(label, task)}, key=natural_key)
-    groups = join_groups(rows.group)
+    groups = join_groups(rows.group, rows.twin)
     if len(classes) < 2 or len(set(groups)) < 2:
         return []
     paths, targets = rows.path.to_numpy(), encode_targets(rows.label, classes, task)
@@ -206,10 +206,9 @@ def review_run(
     backbone: str = "mobilenet_v2",  # a key of `models.ZOO`
 ) -> list[Finding]:  # all findings of the run
     """Add to a run's findings what needs features. Raises AutomlError source_changed, unknown_backbone."""
-    info, manifest = run.read("data"), pd.read_parquet(run.manifest)
+    info, manifest = run.read("data"), read_manifest(run)
     known = [Finding(**entry | {"paths": tuple(entry["paths"])}) for entry in run.read("findings")]
-    groups = pd.Series(join_groups(manifest.group, manifest.twin), manifest.index).astype(str)
-    found = review(info["source"], manifest.assign(group=groups), info["task"], backbone)
+    found = review(info["source"], manifest, info["task"], backbone)
     kept = [finding for finding in known if finding.kind not in REVIEWED]
     findings = sorted(kept + found, key=lambda finding: list(KINDS).index(finding.kind))
     write_results(run, open_source(info["source"]), manifest, findings, info)

@@ -24,7 +24,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from .bounds import cache_bound
+from .bounds import by_age, cache_bound
 from .core import AutomlError, check_stop, hash_bytes, home, say, track
 from .items import Item
 from .pixels import DATASET, Policy, stored
@@ -200,19 +200,8 @@ def _find(folder: Path, side: int, wanted: Iterable[str]) -> dict[str, Place]:
     return found
 
 # %% ../nbs/00m_store.ipynb #3e1c0710
-def _list_blocks() -> list[tuple[float, int, Path]]:
-    found = []
-    for path in (home() / "cache").absolute().glob("pixels-*/*.block"):
-        try:
-            stat = path.stat()
-        except FileNotFoundError:  # another process made room
-            continue
-        found.append((stat.st_mtime, stat.st_size, path))
-    return sorted(found)
-
-# %% ../nbs/00m_store.ipynb #ba36f3eb
 def _make_room(count: int, side: int, kept: set[Path]) -> None:
-    blocks = _list_blocks()
+    blocks = by_age((home() / "cache").absolute(), "pixels-*/*.block")
     used = sum(size for _, size, _ in blocks)
     bound, after = cache_bound(used), used + count * (3 * side**2 + RECORD.itemsize)
     for _, size, path in blocks:

@@ -6,6 +6,7 @@
 __all__ = ['EXPERIMENT', 'tracking_uri', 'connect', 'Record', 'child', 'tracked_step', 'register']
 
 # %% ../nbs/01f_tracking.ipynb #2dab126e
+import fcntl
 import logging
 import os
 import tempfile
@@ -39,11 +40,12 @@ def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
     """Connect to MLflow, making the database and the experiment where they are missing."""
     home().mkdir(parents=True, exist_ok=True)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
-    client = MlflowClient(tracking_uri())
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found:
-        return client, found.experiment_id
-    return client, client.create_experiment(EXPERIMENT, (home() / "mlartifacts").resolve().as_uri())
+    with (home() / "mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(tracking_uri())
+        if found := client.get_experiment_by_name(EXPERIMENT):
+            return client, found.experiment_id
+        return client, client.create_experiment(EXPERIMENT, (home() / "mlartifacts").resolve().as_uri())
 
 # %% ../nbs/01f_tracking.ipynb #e35c090c
 @dataclass(frozen=True)
@@ -98,16 +100,18 @@ def child(
 
 # %% ../nbs/01f_tracking.ipynb #8c2cc07a
 def _parent(run: Run) -> Record:
-    client, experiment = connect()
-    known = run.read("mlflow", {})
+    (client, experiment), known = connect(), run.read("mlflow")
     try:
-        client.get_run(known.get("run_id", "none"))
-        return Record(client, experiment, known["run_id"])
-    except MlflowException:  # a new run, or a database that was deleted
-        record = _open_record(client, experiment, run.path.name)
-        run.write("mlflow", {"run_id": record.run_id, "experiment": EXPERIMENT})
-        client.set_terminated(record.run_id)
-        return record
+        if known:
+            client.get_run(known["run_id"])
+            return Record(client, experiment, known["run_id"])
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as where the database was deleted
+            raise
+    record = _open_record(client, experiment, run.path.name)
+    run.write("mlflow", {"run_id": record.run_id, "experiment": EXPERIMENT})
+    client.set_terminated(record.run_id)
+    return record
 
 # %% ../nbs/01f_tracking.ipynb #06d72fac
 @contextmanager

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'Preset', 'find_preset', 'make_policy']
 # %% ../nbs/00l_transforms.ipynb #e1f03b5c
 from dataclasses import dataclass
 
-from .core import AutomlError
+from .core import look_up
 from .pixels import Policy
 
 # %% ../nbs/00l_transforms.ipynb #f6c7950c
@@ -27,10 +27,7 @@ def find_preset(
     name: str,  # a key of `PRESETS`
 ) -> Preset:
     """Look a preset up. Raises AutomlError unknown_parameter."""
-    if name not in PRESETS:
-        raise AutomlError("unknown_parameter", f"There is no preset {name!r}.",
-                          f"Choose {' or '.join(PRESETS)}.")
-    return PRESETS[name]
+    return look_up(PRESETS, name, "preset of transforms")
 
 # %% ../nbs/00l_transforms.ipynb #e921fb91
 def make_policy(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .compat import torchvision
-from .core import AutomlError
+from .core import AutomlError, look_up
 
 # %% ../nbs/01aa_zoo.ipynb #3cd93568
 def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -125,7 +125,4 @@ def find_backbone(
     name: str,  # a key of `ZOO`
 ) -> Backbone:
     """Look a backbone up. Raises AutomlError unknown_backbone."""
-    if name not in ZOO:
-        raise AutomlError("unknown_backbone", f"There is no backbone {name!r}.",
-                          f"Choose one of {', '.join(ZOO)}.")
-    return ZOO[name]
+    return look_up(ZOO, name, "backbone", "unknown_backbone")
