@@ -121,10 +121,11 @@ def _seconds() -> float:
 # %% ../nbs/05dd_life.ipynb #875514fb
 @asynccontextmanager
 async def lifespan(
-    app: FastAPI,  # its state may hold `bundle`, the folder to serve
+    app: FastAPI,  # its state may hold `bundle`, the folder to serve, and has `spans`
 ) -> AsyncIterator[None]:
     """Load the model, follow its new versions, and let the workers go at the end."""
     state, seconds = app.state, _seconds()
+    state.spans.open()
     state.folder, state.swapping, state.pool = state.bundle or bundle_folder(), asyncio.Lock(), Pool(cores())
     state.predictor = await to_thread.run_sync(_load_whole, state.folder, 1)
     watch = asyncio.ensure_future(_watch(app, seconds)) if seconds else None
@@ -133,6 +134,7 @@ async def lifespan(
     if watch:
         watch.cancel()
     state.pool.threads.shutdown(wait=False, cancel_futures=True)  # nothing more is started
+    state.spans.close()
 
 # %% ../nbs/05dd_life.ipynb #1cce5a07
 LEAVE_SECONDS, SPEAK_SECONDS, GRACE_SECONDS = 0.5, 0.5, 5  # door open; first words; accepted requests

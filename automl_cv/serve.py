@@ -39,6 +39,7 @@ from .predict import Prediction, Predictor, judge, read_bundle
 from .routes import REFUSALS, All, TopK, check_ready, extras, programs
 from .scenes import CLASSES, draw_scene
 from .tasks import TASKS
+from .traces import Spans
 from .web import PROBLEM, add_frame, describe, failures, show, success, wants_page
 
 # %% ../nbs/06_serve.ipynb #0908cf06
@@ -210,7 +211,8 @@ def create_app(
     app = FastAPI(title="automl_cv", version=__version__, description="Send a picture, get its class.",
                   lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     state = app.state
-    state.bundle, state.predictor, state.leaving, state.metrics = bundle, None, False, Metrics()
+    state.bundle, state.predictor, state.leaving = bundle, None, False
+    state.metrics, state.spans = Metrics(), Spans()
     state.metrics.depth.set_function(lambda: state.pool.depth)
     app.include_router(router)
     app.include_router(programs)
@@ -219,7 +221,7 @@ def create_app(
     add_guard(app, read_rules())
     add_frame(app)
     app.add_middleware(Closing, state=state)
-    app.add_middleware(Journal, metrics=state.metrics, paths=PATHS)
+    app.add_middleware(Journal, metrics=state.metrics, paths=PATHS, spans=state.spans)
     return app
 
 # %% ../nbs/06_serve.ipynb #7d1b8aae
