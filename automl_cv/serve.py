@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import onnxruntime
 import uvicorn
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -152,7 +151,7 @@ MODEL = {"name": "scenes", "task": "classification", "classes": ["forest", "moun
          "policy": {"size": 160, "store": 176, "fit": "crop", "version": 2},
          "created": "2026-01-31T12:00:00+00:00", "version": "0f343b093112", "sha256": "0f343b0931126a20" * 4,
          "licence": "BSD-3-Clause", "size": 160, "precision": "fp32", "engine": "onnxruntime 1.32.0",
-         "workers": 2, "limits": asdict(UPLOAD)}
+         "batch": 1, "workers": 2, "limits": asdict(UPLOAD)}
 
 # %% ../nbs/06_serve.ipynb #48ab90ae
 @router.get("/model", responses=success(MODEL, dict[str, Any]) | failures("not_ready"))
@@ -166,7 +165,8 @@ async def model(
     facts = {name: predictor.info.get(name) for name in FACTS}
     return JSONResponse(facts | _identity(predictor) | {
         "size": predictor.policy.size, "precision": predictor.precision, "limits": asdict(UPLOAD),
-        "engine": f"onnxruntime {onnxruntime.__version__}", "workers": request.app.state.pool.workers})
+        "batch": predictor.batch,
+        "engine": predictor.engine, "workers": request.app.state.pool.workers})
 
 # %% ../nbs/06_serve.ipynb #1fb20c01
 @router.get("/", include_in_schema=False)
