@@ -205,13 +205,13 @@ PATHS = frozenset(route.path for route in (*router.routes, *programs.routes))  #
 
 # %% ../nbs/06_serve.ipynb #671294a5
 def create_app(
-    bundle: Path | None = None,  # the bundle to serve; None decides by the environment when the server starts
+    bundle: str | Path = "",  # the bundle to serve, a folder or an address; "" decides by the environment when the server starts
 ) -> FastAPI:
     """Make the service; its model is loaded when it starts. Raises AutomlError wrong_parameter_type."""
     app = FastAPI(title="automl_cv", version=__version__, description="Send a picture, get its class.",
                   lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     state = app.state
-    state.bundle, state.predictor, state.leaving = bundle, None, False
+    state.bundle, state.predictor, state.leaving = str(bundle), None, False
     state.metrics, state.spans = Metrics(), Spans()
     state.metrics.depth.set_function(lambda: state.pool.depth)
     app.include_router(router)
@@ -239,13 +239,13 @@ def _port() -> int:
 
 # %% ../nbs/06_serve.ipynb #85160cfc
 def serve(
-    bundle: str = "",  # the bundle's folder; empty means AUTOML_CV_MODEL, or the demo run's
+    bundle: str = "",  # a folder, or an address like gs://bucket/model; empty means AUTOML_CV_MODEL, or the demo run's
     host: str = "",  # address to listen on; empty means HOST, or 127.0.0.1, which only this machine can reach
     port: int = 0,  # TCP port, 1 to 65535; 0 means PORT, or 8000
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C. Raises AutomlError wrong_parameter_type."""
     host = host or os.environ.get("HOST") or "127.0.0.1"
-    app = create_app(Path(bundle) if bundle else None)
+    app = create_app(bundle)
     config = uvicorn.Config(app, host=host, port=port or _port(), timeout_graceful_shutdown=GRACE_SECONDS,
                             server_header=False, access_log=False)
     Server(config, app.state).run()
