@@ -13,13 +13,13 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from anyio import to_thread
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -91,12 +91,19 @@ def _load_whole(where: str, tries: int = 10) -> Predictor | None:
     return fresh
 
 # %% ../nbs/05dd_life.ipynb #5caae3f4
+async def _load_apart(where: str, tries: int = 10) -> Predictor | None:
+    done: Future[Predictor | None] = Future()
+    done.set_running_or_notify_cancel()  # from here on a result may come, whoever still waits
+    threading.Thread(target=lambda: done.set_result(_load_whole(where, tries)), daemon=True).start()
+    return await asyncio.wrap_future(done)
+
+# %% ../nbs/05dd_life.ipynb #a05b499e
 async def swap(
     app: FastAPI,  # whose life is `lifespan`
 ) -> bool:  # whether there is a new model
     """Load the bundle again and serve it from the next request on."""
     async with app.state.swapping:
-        fresh = await to_thread.run_sync(_load_whole, app.state.where)
+        fresh = await _load_apart(app.state.where)
         if fresh is not None:
             app.state.predictor = fresh
             LOG.info("Serving version %s.", fresh.version)
@@ -140,7 +147,7 @@ async def lifespan(
     state, seconds = app.state, read_number("AUTOML_CV_WATCH", float)
     state.spans.open()
     state.where, state.swapping = state.bundle or default_bundle(), asyncio.Lock()
-    state.predictor = await to_thread.run_sync(_load_whole, state.where, 1)
+    state.predictor = await _load_apart(state.where, 1)
     state.pool = Pool(count_workers(state.predictor))
     watch = asyncio.ensure_future(_watch(app, seconds)) if seconds else None
     with _swap_on_hangup(app):
