@@ -75,6 +75,13 @@ class _Reply:
         await self.send(message)
 
 # %% ../nbs/05d_journal.ipynb #bd0a8b64
+def _line(scope: Scope, name: str, status: int, seconds: float) -> dict[str, Any]:
+    return {"severity": _severity(status), "message": f"{name} {status}",
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "httpRequest": {"requestMethod": scope["method"], "requestUrl": scope["path"],
+                            "status": status, "latency": f"{seconds:.6f}s"}}
+
+# %% ../nbs/05d_journal.ipynb #db311297
 class Journal:
     """Write a line and count each request."""
 
@@ -113,9 +120,5 @@ class Journal:
         place = self.spans.note(name, seconds, caller, facts | {
             "http.request.method": scope["method"], "url.path": scope["path"],
             "http.response.status_code": reply.status}, stages)
-        line = {"severity": _severity(reply.status), "message": f"{name} {reply.status}",
-                "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-                "httpRequest": {"requestMethod": scope["method"], "requestUrl": scope["path"],
-                                "status": reply.status, "latency": f"{seconds:.6f}s"}}
         spent_ms = {"stages_ms": {stage: round(1000 * s, 3) for stage, s in stages.items()}} if stages else {}
-        self.write(line | facts | spent_ms | log_members(place))
+        self.write(_line(scope, name, reply.status, seconds) | facts | spent_ms | log_members(place))

@@ -28,6 +28,7 @@ from .core import AutomlError, home
 from .places import bundle_place, fetch_bundle
 from .pool import Pool
 from .predict import Predictor, cores, fastest
+from .sessions import batch_limit
 from .web import LOG
 
 # %% ../nbs/05dd_life.ipynb #16623caa
@@ -136,7 +137,8 @@ def count_workers(
     predictor: Predictor | None,  # what is served
 ) -> int:  # threads
     """Tell how many requests are worked on at the same time."""
-    return cores() + (predictor.batch if predictor and predictor.batch > 1 else 0)
+    limit = batch_limit(predictor.session) if predictor else 1
+    return cores() + (limit if limit > 1 else 0)
 
 # %% ../nbs/05dd_life.ipynb #400a936e
 @asynccontextmanager

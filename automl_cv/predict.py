@@ -24,7 +24,7 @@ import numpy as np
 from .core import AutomlError, hash_file, read_json
 from .outliers import load_outliers
 from .pixels import DATASET, UPLOAD, VERSION, Limits, Policy, centre_crop, decode, to_square
-from .sessions import OpenVino, Together, has_openvino, name_engine, on_gpu, open_session
+from .sessions import OpenVino, Together, has_openvino, on_gpu, open_session
 from .tasks import TASKS
 
 # %% ../nbs/04a_predict.ipynb #0724a605
@@ -118,16 +118,6 @@ class Predictor:
         self.version = self.sha256[:12]
         self.session: Any = open_session(folder / GRAPHS[self.precision], threads)
         check_golden(self, folder / "golden.npz")
-
-    @property
-    def engine(self) -> str:
-        """Say what runs the graph, like "onnxruntime 1.32.0"."""
-        return name_engine(self.session)
-
-    @property
-    def batch(self) -> int:
-        """Say how many pictures of different requests may be run together."""
-        return self.session.limit if isinstance(self.session, Together) else 1
 
     def ask(self, images: np.ndarray) -> tuple[np.ndarray, list[float | None]]:
         """Run the graph: uint8 [N, S, S, 3] to probabilities, float32 [N, C], and outlier scores as known."""

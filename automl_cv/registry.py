@@ -7,6 +7,7 @@ __all__ = ['ADDRESS', 'fetch_registered']
 
 # %% ../nbs/04f_registry.ipynb #f2f6539f
 import re
+import shutil
 from pathlib import Path
 
 from mlflow.artifacts import download_artifacts
@@ -40,5 +41,6 @@ def fetch_registered(
                                         tracking_uri=tracking_uri()))
         for path in found.iterdir():
             path.rename(folder / path.name)
+        shutil.rmtree(folder / "came")
         read_bundle(folder)
     return place

@@ -37,6 +37,7 @@ from .pool import Busy, on_busy
 from .predict import Prediction, Predictor, judge, read_bundle
 from .routes import REFUSALS, All, TopK, check_ready, extras, programs
 from .scenes import CLASSES, draw_scene
+from .sessions import batch_limit, name_engine
 from .tasks import TASKS
 from .traces import Spans
 from .web import PROBLEM, add_frame, describe, failures, show, success, wants_page
@@ -165,8 +166,8 @@ async def model(
     facts = {name: predictor.info.get(name) for name in FACTS}
     return JSONResponse(facts | _identity(predictor) | {
         "size": predictor.policy.size, "precision": predictor.precision, "limits": asdict(UPLOAD),
-        "batch": predictor.batch,
-        "engine": predictor.engine, "workers": request.app.state.pool.workers})
+        "batch": batch_limit(predictor.session),
+        "engine": name_engine(predictor.session), "workers": request.app.state.pool.workers})
 
 # %% ../nbs/06_serve.ipynb #1fb20c01
 @router.get("/", include_in_schema=False)

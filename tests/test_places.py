@@ -46,7 +46,6 @@ def test_address_is_served_and_swapped(stored, start, plain):
         server.process.send_signal(signal.SIGHUP)
         time.sleep(2)
         assert name_of(server) == "second"
-    print(server.log.read_text())
     assert "bundle_damaged: The bundle's model.onnx is not the file" in server.log.read_text()
 
 
