@@ -60,7 +60,7 @@ def command() -> str:
 cli = typer.Typer(help="Labelled images in, a classifier you can trust and a service that runs it out.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Data = Annotated[str, typer.Argument(help="Folder, archive, table, address, torchvision:NAME, or demo.")]
-Bundle = Annotated[str, typer.Argument(help="A bundle: folder, gs:// or s3:// address, models:/NAME@champion.")]
+Bundle = Annotated[str, typer.Argument(help="A bundle: folder, address, or models:/NAME@champion.")]
 Out = Annotated[Path, typer.Option(help="The run's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 LabelColumn = Annotated[str, typer.Option("--label", help="Column of a table; empty finds it.")]
@@ -254,13 +254,14 @@ def check(
 def find_bundle(
     where: str,  # a folder, an address like gs://bucket/model, or models:/NAME@ALIAS
 ) -> Path:  # a folder that holds the bundle
-    """Bring a bundle here from wherever it is. Raises AutomlError bundle_not_found, source_not_found, missing_extra."""
+    """Bring a bundle here from wherever it is. Raises AutomlError bundle_not_found, missing_extra."""
     if not where.startswith("models:/"):
         return fetch_bundle(where)
     try:
         from automl_cv.registry import fetch_registered
     except ModuleNotFoundError:
-        raise AutomlError("missing_extra", "MLflow is not installed.", "pip install automl_cv[train]") from None
+        raise AutomlError("missing_extra", "MLflow is not installed.",
+                          "pip install automl_cv[train]") from None
     return fetch_registered(where)
 
 # %% ../nbs/07a_cli.ipynb #61a78b81
@@ -284,7 +285,8 @@ def predict(
     """Classify pictures into a table, with probabilities and errors; goes on after a break."""
     with told(), stop_on_signals():
         table = csv_file and part_name(csv_file, task, tasks)
-        predictor, files = Predictor(find_bundle(bundle)), [path for path in walk(paths) if path != table][task::tasks]
+        predictor = Predictor(find_bundle(bundle))
+        files = [path for path in walk(paths) if path != table][task::tasks]
         tally = (write_table(predictor, files, table) if table else print_table(predictor, files, sys.stdout))
         print(tally.line(), file=sys.stderr)
         if tally.failed == tally.pictures and (files or tasks == 1):  # a share may be empty

@@ -93,8 +93,8 @@ class Journal:
         write: Callable[[dict[str, Any]], None] = _say,  # gets each line
         spans: Spans | None = None,  # of requests; None sends none
     ):
-        self.app, self.metrics, self.paths = app, metrics, paths
-        self.write, self.spans = write, spans or Spans()
+        self.app, self.metrics, self.paths, self.write = app, metrics, paths, write
+        self.spans = spans or Spans()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,13 +111,12 @@ class Journal:
         path = scope["path"] if scope["path"] in self.paths else "other"
         self.metrics.requests.labels(path, reply.status).inc()
         self.metrics.seconds.labels(path).observe(seconds)
-        stages = record.pop("stages")
-        for stage, spent in stages.items():
+        for stage, spent in (stages := record.pop("stages")).items():
             self.metrics.stages.labels(stage).observe(spent)
-        facts = {"request_id": reply.headers.get("x-request-id", "")} | record
-        facts |= {"code": reply.code} if reply.code else {}
-        name, caller = f"{scope['method']} {path}", find_trace(Headers(scope=scope))
-        place = self.spans.note(name, seconds, caller, facts | {
+        code = {"code": reply.code} if reply.code else {}
+        facts = {"request_id": reply.headers.get("x-request-id", "")} | record | code
+        name = f"{scope['method']} {path}"
+        place = self.spans.note(name, seconds, find_trace(Headers(scope=scope)), facts | {
             "http.request.method": scope["method"], "url.path": scope["path"],
             "http.response.status_code": reply.status}, stages)
         spent_ms = {"stages_ms": {stage: round(1000 * s, 3) for stage, s in stages.items()}} if stages else {}

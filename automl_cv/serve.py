@@ -206,7 +206,7 @@ PATHS = frozenset(route.path for route in (*router.routes, *programs.routes))  #
 
 # %% ../nbs/06_serve.ipynb #671294a5
 def create_app(
-    bundle: str | Path = "",  # the bundle to serve, a folder or an address; "" decides by the environment when the server starts
+    bundle: str | Path = "",  # a folder or an address; empty decides by the environment when it starts
 ) -> FastAPI:
     """Make the service; its model is loaded when it starts. Raises AutomlError wrong_parameter_type."""
     app = FastAPI(title="automl_cv", version=__version__, description="Send a picture, get its class.",
@@ -240,7 +240,7 @@ def _port() -> int:
 
 # %% ../nbs/06_serve.ipynb #85160cfc
 def serve(
-    bundle: str = "",  # a folder, or an address like gs://bucket/model; empty means AUTOML_CV_MODEL, or the demo run's
+    bundle: str = "",  # a folder or an address; empty means AUTOML_CV_MODEL, or the demo run's
     host: str = "",  # address to listen on; empty means HOST, or 127.0.0.1, which only this machine can reach
     port: int = 0,  # TCP port, 1 to 65535; 0 means PORT, or 8000
 ) -> None:
