@@ -25,7 +25,7 @@ def bundle_place(
 def fetch_bundle(
     where: str,  # a folder, or an address
 ) -> Path:  # a folder that holds the bundle
-    """Bring a bundle here, if it is elsewhere. Raises AutomlError bundle_damaged, source_not_found, missing_extra."""
+    """Bring a bundle here. Raises AutomlError bundle_damaged, source_not_found, missing_extra."""
     place = bundle_place(where)
     if place == Path(where):
         return place
