@@ -2,13 +2,15 @@
 # The service around one bundle: no torch, no compiler, no root. It also runs `automl-cv predict` for large batches.
 #   make image BUNDLE=outputs/runs/photos/model
 FROM python:3.12-slim AS build
+# Which extras: serve on a CPU, gpu for CUDA's onnxruntime instead, and any of otel, openvino, gcs, s3 with them.
+ARG EXTRAS=serve
 WORKDIR /src
 COPY constraints.txt setup.py settings.ini pyproject.toml README.md ./
 COPY automl_cv automl_cv
 # What the service never reads stays out: pip, the packages' own tests, type stubs, headers, converters, and the second copy
 # of onnxruntime, which is for programs in C.
 RUN python -m venv --without-pip /opt/automl_cv \
- && pip --python /opt/automl_cv/bin/python install --no-cache-dir --no-compile -c constraints.txt ".[serve]" \
+ && pip --python /opt/automl_cv/bin/python install --no-cache-dir --no-compile -c constraints.txt ".[${EXTRAS}]" \
  && cd /opt/automl_cv/lib/python3*/site-packages \
  && rm -rf onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/capi/libonnxruntime.so* numpy/f2py \
  && find . -type d \( -name tests -o -name include \) -prune -exec rm -rf {} + \
@@ -32,7 +34,7 @@ LABEL org.opencontainers.image.title="automl_cv" \
       automl_cv.model.name="$MODEL" \
       automl_cv.model.sha256="$MODEL_SHA256"
 ENV PATH=/opt/automl_cv/bin:$PATH PYTHONPYCACHEPREFIX=/opt/automl_cv/bytecode PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1 HOST=0.0.0.0 PORT=8080 AUTOML_CV_MODEL=/model
+    PYTHONUNBUFFERED=1 HOST=0.0.0.0 PORT=8080 AUTOML_CV_MODEL=/model AUTOML_CV_HOME=/tmp/automl_cv
 COPY --from=build /opt/automl_cv /opt/automl_cv
 COPY --from=build /model /model
 USER 10001:10001

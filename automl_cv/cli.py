@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Latency', 'Megabytes', 'Int8', 'Space',
            'Storage', 'Fix', 'Apply', 'Gate', 'closing_lines', 'command', 'told', 'run', 'resume', 'check_facts',
-           'check_lines', 'check_folder', 'check', 'part_name', 'predict', 'serve', 'deploy', 'main']
+           'check_lines', 'check_folder', 'check', 'find_bundle', 'part_name', 'predict', 'serve', 'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
 import json
@@ -25,6 +25,7 @@ from .core import (AutomlError, Run, hash_bytes, home, look_up, open_run, parse_
 from .deploy import Target
 from .deploy import deploy as deploy_bundle
 from .pipeline import PRESETS, Execute, Request, call_step, run_notebook, run_pipeline
+from .places import fetch_bundle
 from .predict import Predictor, read_bundle
 
 # %% ../nbs/07a_cli.ipynb #3086c477
@@ -60,7 +61,7 @@ def command() -> str:
 cli = typer.Typer(help="Labelled images in, a classifier you can trust and a service that runs it out.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Data = Annotated[str, typer.Argument(help="Folder, archive, table, address, torchvision:NAME, or demo.")]
-Bundle = Annotated[Path, typer.Argument(help="A model bundle.")]
+Bundle = Annotated[str, typer.Argument(help="A bundle: folder, address, or models:/NAME@champion.")]
 Out = Annotated[Path, typer.Option(help="The run's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 LabelColumn = Annotated[str, typer.Option("--label", help="Column of a table; empty finds it.")]
@@ -237,6 +238,20 @@ def check(
             raise
         print(json.dumps(check_facts(run)) if as_json else "\n".join(check_lines(run)))
 
+# %% ../nbs/07a_cli.ipynb #e8f89968
+def find_bundle(
+    where: str,  # a folder, an address like gs://bucket/model, or models:/NAME@ALIAS
+) -> Path:  # a folder that holds the bundle
+    """Bring a bundle here from wherever it is. Raises AutomlError bundle_not_found, missing_extra."""
+    if not where.startswith("models:/"):
+        return fetch_bundle(where)
+    try:
+        from automl_cv.registry import fetch_registered
+    except ModuleNotFoundError:
+        raise AutomlError("missing_extra", "MLflow is not installed.",
+                          "pip install automl_cv[train]") from None
+    return fetch_registered(where)
+
 # %% ../nbs/07a_cli.ipynb #61a78b81
 def part_name(
     table: Path,  # as the user named it
@@ -258,7 +273,8 @@ def predict(
     """Classify pictures into a table, with probabilities and errors; goes on after a break."""
     with told(), stop_on_signals():
         table = csv_file and part_name(csv_file, task, tasks)
-        predictor, files = Predictor(bundle), [path for path in walk(paths) if path != table][task::tasks]
+        predictor = Predictor(find_bundle(bundle))
+        files = [path for path in walk(paths) if path != table][task::tasks]
         tally = (write_table(predictor, files, table) if table else print_table(predictor, files, sys.stdout))
         print(tally.line(), file=sys.stderr)
         if tally.failed == tally.pictures and (files or tasks == 1):  # a share may be empty
@@ -274,8 +290,8 @@ def serve(
     """Serve a bundle over HTTP: a page at /, predictions at /predict."""
     from automl_cv.serve import serve as run_server
     with told():
-        read_bundle(bundle)
-        run_server(str(bundle), host, port)
+        read_bundle(place := find_bundle(bundle))
+        run_server(bundle if "://" in bundle else str(place), host, port)
 
 # %% ../nbs/07a_cli.ipynb #70674c33
 @cli.command()
@@ -294,7 +310,7 @@ def deploy(
     """Build, push and deploy a bundle to Cloud Run; requests only once it answers. Run it in a checkout."""
     with told():
         target = Target(project, region, service, repository, public, gpu, bucket, account)
-        deploy_bundle(bundle, target, Path.cwd(), dry_run)
+        deploy_bundle(find_bundle(bundle), target, Path.cwd(), dry_run)
 
 # %% ../nbs/07a_cli.ipynb #01cba6aa
 def main() -> None:

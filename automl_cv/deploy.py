@@ -77,7 +77,7 @@ def list_commands(
     here = ["--project", target.project, "--region", target.region]
     run, everybody = ["gcloud", "run", "services"], ["--member", "allUsers", "--role", "roles/run.invoker"]
     values = {"_IMAGE": release.image, "_COMMIT": release.commit, "_MODEL": release.model,
-              "_SHA256": release.digest}
+              "_SHA256": release.digest, "_EXTRAS": "gpu" if target.gpu else "serve"}
     token = ["--impersonate-service-account", target.account, "--audiences", "URL"] if target.account else []
     found = {
         "find": [*run, "list", "--filter", f"metadata.name={target.service}", *here, "--format", "json"],

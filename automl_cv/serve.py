@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import onnxruntime
 import uvicorn
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -38,7 +37,9 @@ from .pool import Busy, on_busy
 from .predict import Prediction, Predictor, judge, read_bundle
 from .routes import REFUSALS, All, TopK, check_ready, extras, programs
 from .scenes import CLASSES, draw_scene
+from .sessions import batch_limit, name_engine
 from .tasks import TASKS
+from .traces import Spans
 from .web import PROBLEM, add_frame, describe, failures, show, success, wants_page
 
 # %% ../nbs/06_serve.ipynb #0908cf06
@@ -151,7 +152,7 @@ MODEL = {"name": "scenes", "task": "classification", "classes": ["forest", "moun
          "policy": {"size": 160, "store": 176, "fit": "crop", "version": 2},
          "created": "2026-01-31T12:00:00+00:00", "version": "0f343b093112", "sha256": "0f343b0931126a20" * 4,
          "licence": "BSD-3-Clause", "size": 160, "precision": "fp32", "engine": "onnxruntime 1.32.0",
-         "workers": 2, "limits": asdict(UPLOAD)}
+         "batch": 1, "workers": 2, "limits": asdict(UPLOAD)}
 
 # %% ../nbs/06_serve.ipynb #48ab90ae
 @router.get("/model", responses=success(MODEL, dict[str, Any]) | failures("not_ready"))
@@ -165,7 +166,8 @@ async def model(
     facts = {name: predictor.info.get(name) for name in FACTS}
     return JSONResponse(facts | _identity(predictor) | {
         "size": predictor.policy.size, "precision": predictor.precision, "limits": asdict(UPLOAD),
-        "engine": f"onnxruntime {onnxruntime.__version__}", "workers": request.app.state.pool.workers})
+        "batch": batch_limit(predictor.session),
+        "engine": name_engine(predictor.session), "workers": request.app.state.pool.workers})
 
 # %% ../nbs/06_serve.ipynb #1fb20c01
 @router.get("/", include_in_schema=False)
@@ -204,13 +206,14 @@ PATHS = frozenset(route.path for route in (*router.routes, *programs.routes))  #
 
 # %% ../nbs/06_serve.ipynb #671294a5
 def create_app(
-    bundle: Path | None = None,  # the bundle to serve; None decides by the environment when the server starts
+    bundle: str | Path = "",  # a folder or an address; empty decides by the environment when it starts
 ) -> FastAPI:
     """Make the service; its model is loaded when it starts. Raises AutomlError wrong_parameter_type."""
     app = FastAPI(title="automl_cv", version=__version__, description="Send a picture, get its class.",
                   lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     state = app.state
-    state.bundle, state.predictor, state.leaving, state.metrics = bundle, None, False, Metrics()
+    state.bundle, state.predictor, state.leaving = str(bundle), None, False
+    state.metrics, state.spans = Metrics(), Spans()
     state.metrics.depth.set_function(lambda: state.pool.depth)
     app.include_router(router)
     app.include_router(programs)
@@ -219,7 +222,7 @@ def create_app(
     add_guard(app, read_rules())
     add_frame(app)
     app.add_middleware(Closing, state=state)
-    app.add_middleware(Journal, metrics=state.metrics, paths=PATHS)
+    app.add_middleware(Journal, metrics=state.metrics, paths=PATHS, spans=state.spans)
     return app
 
 # %% ../nbs/06_serve.ipynb #7d1b8aae
@@ -237,13 +240,13 @@ def _port() -> int:
 
 # %% ../nbs/06_serve.ipynb #85160cfc
 def serve(
-    bundle: str = "",  # the bundle's folder; empty means AUTOML_CV_MODEL, or the demo run's
+    bundle: str = "",  # a folder or an address; empty means AUTOML_CV_MODEL, or the demo run's
     host: str = "",  # address to listen on; empty means HOST, or 127.0.0.1, which only this machine can reach
     port: int = 0,  # TCP port, 1 to 65535; 0 means PORT, or 8000
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C. Raises AutomlError wrong_parameter_type."""
     host = host or os.environ.get("HOST") or "127.0.0.1"
-    app = create_app(Path(bundle) if bundle else None)
+    app = create_app(bundle)
     config = uvicorn.Config(app, host=host, port=port or _port(), timeout_graceful_shutdown=GRACE_SECONDS,
                             server_header=False, access_log=False)
     Server(config, app.state).run()

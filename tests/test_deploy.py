@@ -138,6 +138,28 @@ def test_failure_ends_it(room, bundle, broken):
     assert verbs(room)[-1] == broken
 
 
+@pytest.mark.parametrize("words,extras", [((), "serve"), (("--gpu",), "gpu")])
+def test_image_knows_its_card(room, bundle, words, extras):
+    assert deploy(room, bundle, *words).returncode == 0
+    (build,) = [call for call in calls(room) if "submit" in call]
+    assert f"_EXTRAS={extras}" in build[build.index("--substitutions") + 1].split(",")
+    assert "EXTRAS=${_EXTRAS}" in yaml.safe_load((ROOT / "deploy/cloudbuild.yaml").read_text())["steps"][0]["args"]
+
+
+def test_alias_is_resolved_when_the_image_is_built(room, bundle, monkeypatch):
+    monkeypatch.setenv("AUTOML_CV_HOME", str(room / "home"))
+    from automl_cv.core import Run
+    from automl_cv.tracking import register, tracked_step
+    with tracked_step(Run(room / "home/runs/shop"), "train", {}) as record:
+        register(record, bundle, "colours")
+    done = deploy(room, "models:/colours@champion")
+    assert done.returncode == 0, done.stderr
+    folder = room / "home/deploy/automl-cv/outputs/runs/deploy/model"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in bundle.iterdir()}
+    assert "mlflow" not in (room / "home/deploy/automl-cv/Dockerfile").read_text()
+
+
 def test_first_deployment(room, bundle):
     (room / "list").write_text("[]")
     assert deploy(room, bundle).returncode == 0
