@@ -40,8 +40,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from contest import machine, say, spread
 from rig import (ROOT, SIZES, Contender, Flood, Service, Talker, contenders, cpu_seconds, draw, enlarge, install,
-                 machine, make_bundles, median, megabytes, percentile, photographs, running, say, spread, summary)
+                 make_bundles, median, megabytes, percentile, photographs, running, summary)
 
 MIX = {"150": 0.6, "640": 0.25, "1080": 0.12, "12mp": 0.03}  # of sizes, where they are mixed
 

@@ -15,7 +15,14 @@ import torch
 import uvicorn
 from fastapi import FastAPI, UploadFile
 from PIL import Image
-from torchvision import models, transforms
+
+try:
+    from torchvision import models, transforms
+except RuntimeError:  # beside a torch without GPUs its library lacks operators, which nobody calls here
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision import models, transforms
 
 SIDE = 150
 saved = torch.load(os.environ["MODEL"])
