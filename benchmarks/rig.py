@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from contest import say, spread
 ROOT, PEERS = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent / "peers"
 SIDE, TICKS = 150, os.sysconf("SC_CLK_TCK")
 SIZES = {"150": (150, 150), "640": (640, 480), "1080": (1920, 1080), "12mp": (4000, 3000)}
+GRAIN = 3  # standard deviation; 12 megapixels become 1.7 MB
 COUNTS = {"150": 96, "640": 48, "1080": 24, "12mp": 8}  # distinct pictures
 
 
@@ -64,11 +66,10 @@ def photographs(data: Path, part: str, count: int) -> list[tuple[Path, str]]:
 
 def enlarge(path: Path, size: tuple[int, int], seed: int) -> bytes:
     """Make a larger photograph, with grain, so that it costs what a camera's does."""
-    import io
     file, image = io.BytesIO(), Image.open(path).convert("RGB")
     if image.size != size:
         pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
-        grain = np.random.default_rng(seed).normal(0, 6, (*pixels.shape[:2], 1)).astype(np.int16)
+        grain = np.random.default_rng(seed).normal(0, GRAIN, (*pixels.shape[:2], 1)).astype(np.int16)
         image = Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
