@@ -233,7 +233,7 @@ class Service:
         self.process = subprocess.Popen((["taskset", "-c", cpu] if cpu else []) + words, env=env, cwd=PEERS,
                                         stdout=quiet, stderr=quiet, start_new_session=True)
         self.answer = self.wait(picture) if ready else {}
-        self.cold = time.perf_counter() - started
+        self.cold, self.cold_cpu = time.perf_counter() - started, cpu_seconds(self.pid)
 
     @property
     def pid(self) -> int:

@@ -199,16 +199,17 @@ def direct(bench: Bench) -> dict:
 
 # ---- cold
 
-def run_once(bench: Bench, cpu: str) -> float:
-    """Return the seconds of the bare script."""
+def run_once(bench: Bench, cpu: str) -> tuple[float, float]:
+    """Return the seconds of the bare script, and its CPU seconds."""
     who, words = bench.who["litserve-int8"], ["taskset", "-c", cpu] if cpu else []
     words += [str(bench.peers / "ours/bin/python"), "once.py", str(bench.pictures("150")[0])]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     with subprocess.Popen(words, env=os.environ | who.env, cwd=ROOT / "benchmarks/peers",
                           stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         seconds = time.perf_counter() - started
-    return seconds
+    after = os.times()
+    return seconds, after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def folder_mb(folder: Path, without: tuple[str, ...] = ()) -> float:
@@ -224,12 +225,17 @@ DROPPED = ("/pip/", "/pip-", "/setuptools", "onnxruntime/transformers", "onnxrun
 def cold(bench: Bench) -> dict:
     """Measure the start, the memory after it, and what is installed."""
     names, found, idle = ("ours-int8", "ours-fp32", "plain", "litserve-int8"), {}, {}
+    spent: dict[str, list[float]] = {}
     for repeat, cpu in product(range(bench.repeats), ("", "0")):
         say(f"cold: repeat {repeat + 1}, {'one core' if cpu else 'two cores'}")
-        found.setdefault(f"bare{cpu and ', one core'}", []).append(run_once(bench, cpu))
+        more = ", one core" if cpu else ""
+        seconds, used = run_once(bench, cpu)
+        found.setdefault(f"bare{more}", []).append(seconds)
+        spent.setdefault(f"bare{more}", []).append(used)
         for name in names:
             service = bench.start(name, cpu=cpu)
-            found.setdefault(f"{name}{cpu and ', one core'}", []).append(service.cold)
+            found.setdefault(f"{name}{more}", []).append(service.cold)
+            spent.setdefault(f"{name}{more}", []).append(service.cold_cpu)
             if not cpu:
                 time.sleep(1)
                 idle.setdefault(name, []).append(megabytes(service.pid))
@@ -238,7 +244,8 @@ def cold(bench: Bench) -> dict:
     sizes = {"tree_mb": tree, "int8_bundle_mb": folder_mb(bench.work / "int8"),
              "fp32_bundle_mb": folder_mb(bench.work / "fp32")}
     seconds = {name: spread(values) for name, values in found.items()}
-    return {"seconds": seconds, "idle_pss_mb": {name: spread(values) for name, values in idle.items()},
+    return {"seconds": seconds, "cpu_seconds": {name: spread(values) for name, values in spent.items()},
+            "idle_pss_mb": {name: spread(values) for name, values in idle.items()},
             "sizes": sizes, "holds": hold_cold(found, idle, sizes)}
 
 
