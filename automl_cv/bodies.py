@@ -72,7 +72,8 @@ async def one_body(
             await _collect(request, pool, limit, chunks)
         if time.cancelled_caught:
             raise AutomlError("too_slow", f"The upload took over {UPLOAD_SECONDS:g} s.", "Try again.")
-        yield b"".join(chunks)
+        chunks[:] = [b"".join(chunks)]  # not both: many large bodies would count twice
+        yield chunks[0]
     finally:
         pool.held -= sum(map(len, chunks))
 
