@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'Answers', 'is_small', 'folds_of', 'starts_training', 'Found', 'view_banks', 'search_head', 'pair_grid',
-           'Terms', 'offer_model', 'first_model', 'save_head', 'find_head', 'load_head', 'best_head']
+           'alone', 'Terms', 'offer_model', 'first_model', 'save_head', 'find_head', 'load_head', 'best_head']
 
 # %% ../nbs/01k_probes.ipynb #5be15c68
+import fcntl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +126,17 @@ def pair_grid(
     factors = (0.1, 0.2, 0.4, 0.8)
     return tuple(replace(config, banks=VIEWS, penalty=factor * config.penalty) for factor in factors)
 
+# %% ../nbs/01k_probes.ipynb #e5a03b2c
+@contextmanager
+def alone(
+    run: Run,  # shared by several processes
+    name: str,  # of what must not be done twice at once
+) -> Iterator[None]:
+    """Keep other processes out of a block."""
+    with (run.path / f".{name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
 # %% ../nbs/01k_probes.ipynb #47aea11f
 @dataclass(frozen=True)
 class Terms:
@@ -142,8 +157,10 @@ def offer_model(
     """Offer a network as the run's bundle."""
     shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name,
                         track.images("train", config.size, KNOWN))
-    return offer(track.run, replace(candidate, figures=answers[0]),
-                 lambda folder: write_bundle(track.run, model.cpu(), config, folder, shipment), terms.limits)
+    with alone(track.run, "leaderboard"):
+        def write(folder: Path) -> dict[str, Any]:
+            return write_bundle(track.run, model.cpu(), config, folder, shipment)
+        return offer(track.run, replace(candidate, figures=answers[0]), write, terms.limits)
 
 # %% ../nbs/01k_probes.ipynb #0ea9a07e
 def first_model(
