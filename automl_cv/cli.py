@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Latency', 'Megabytes', 'Int8', 'Space',
-           'Storage', 'Fix', 'Apply', 'Gate', 'closing_lines', 'command', 'told', 'run', 'resume', 'check_facts',
-           'check_lines', 'check_folder', 'check', 'find_bundle', 'part_name', 'predict', 'serve', 'deploy', 'main']
+           'Storage', 'Fix', 'Apply', 'Gate', 'Folder', 'closing_lines', 'command', 'told', 'run', 'resume', 'tune',
+           'check_facts', 'check_lines', 'check_folder', 'check', 'find_bundle', 'part_name', 'predict', 'serve',
+           'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
 import json
@@ -13,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +26,8 @@ from .core import (AutomlError, Run, hash_bytes, home, look_up, open_run, parse_
                             stop_on_signals)
 from .deploy import Target
 from .deploy import deploy as deploy_bundle
-from .pipeline import PRESETS, Execute, Request, call_step, run_notebook, run_pipeline
+from .pipeline import (PRESETS, Execute, Request, call_step, plan_step, run_notebook,
+                                run_pipeline)
 from .places import fetch_bundle
 from .predict import Predictor, read_bundle
 
@@ -153,17 +156,49 @@ def run(
     _finish(open_run(out), request, run_notebook if notebooks else call_step, as_json)
 
 # %% ../nbs/07a_cli.ipynb #a702336b
-@cli.command()
-def resume(
-    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
-    as_json: AsJson = False,
-) -> None:
-    """Go on with a run that was stopped or killed; what was finished is not done again."""
+Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+def _asked(folder: Path) -> Request:
     with told():
         if not (folder / "request.json").exists():
             raise AutomlError("run_not_found", f"{folder} holds no run.",
                               "Name the folder that was given to --out.")
-    _finish(Run(folder), Request(**Run(folder).read("request")), call_step, as_json)
+    return Request(**Run(folder).read("request"))
+
+# %% ../nbs/07a_cli.ipynb #9b05c185
+@cli.command()
+def resume(
+    folder: Folder,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run that was stopped or killed; what was finished is not done again."""
+    _finish(Run(folder), _asked(folder), call_step, as_json)
+
+# %% ../nbs/07a_cli.ipynb #5f428946
+@cli.command()
+def tune(
+    folder: Folder,
+    workers: Annotated[int, typer.Option(help="Processes that search side by side.", min=1)] = 2,
+    trials: Annotated[int, typer.Option(help="Configurations wanted in all.", min=1)] = 16,
+    max_epochs: Annotated[int, typer.Option(help="Epochs of the longest trial.", min=1)] = 3,
+    time_: Annotated[str, typer.Option("--time", help="Budget of the search, like 30m, or none.")] = "none",
+    storage: Storage = "",
+) -> None:
+    """Search on with several processes; start it on other machines too, with one --storage."""
+    run, request = Run(folder), _asked(folder)
+    with told(), stop_on_signals():
+        limit = 0.0 if time_ == "none" else parse_time(time_)
+        done = {name: entry for name, entry in run.read("steps", {}).items() if name in ("data", "baseline")}
+        if "finished" not in done.get("baseline", {}):
+            raise AutomlError("step_missing", f"{folder} has no baseline yet.",
+                              f"Go on with {command()} resume {folder} first.")
+        planned = plan_step("tune", replace(request, trials=trials, seconds=0.0), run, float("inf"))
+        params = planned | {"workers": workers, "trials": trials, "max_epochs": max_epochs, "seconds": limit,
+                            "storage": storage or request.storage}
+        run.write("steps", done | {"tune": {"params": params}})
+        call_step("tune", params, run)
+    print(f"Train, evaluate and check with: {command()} resume {folder}")
 
 # %% ../nbs/07a_cli.ipynb #4fcd516c
 def check_facts(

@@ -62,7 +62,7 @@ _last: dict[str, onnxruntime.InferenceSession] = {}  # one session at most
 
 
 def _onnx_extractor(model: Classifier, size: int) -> Extractor:
-    key = f"{model.backbone} {weights_key(model.body)} {size}"
+    key = f"{type(model).__name__} {model.backbone} {weights_key(model.body)} {size}"
     if key not in _last:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3

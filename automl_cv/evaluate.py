@@ -22,6 +22,7 @@ from .data import open_test, row_targets
 from .export import annotate_bundle
 from .gradcam import find_layer, gradcam
 from .items import Item
+from .layers import restore
 from .models import Classifier, create_model
 from .pixels import DATASET, pixels
 from .predict import Predictor
@@ -36,8 +37,7 @@ def open_network(
 ) -> Classifier:  # in evaluation mode
     """Load a bundle's weights into torch. Raises AutomlError unknown_backbone."""
     model = create_model(info["backbone"], len(info["classes"]), pretrained=False)
-    model.load_state_dict(load_file(bundle / "weights.safetensors"))
-    return model.eval()
+    return restore(model, load_file(bundle / "weights.safetensors"))
 
 # %% ../nbs/05_evaluate.ipynb #4d13b00b
 @torch.inference_mode()

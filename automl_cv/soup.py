@@ -19,12 +19,16 @@ def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def soup(
     states: list[dict[str, Tensor]],  # state dicts of one architecture, at least 1
     judge: Callable[[dict[str, Tensor]], float],  # scores a state dict; higher is better
+    scores: list[float] | None = None,  # of the states, where they are known
+    ready: Callable[[], bool] = lambda: True,  # asked before each mean is judged; False ends the search
 ) -> tuple[dict[str, Tensor], list[int]]:  # the mean, and the numbers of the states in it, best first
     """Average the weights of networks as long as that does not lower their score."""
-    scores = [judge(state) for state in states]
+    scores = scores or [judge(state) for state in states]
     order = sorted(range(len(states)), key=lambda number: -scores[number])
     chosen, best = order[:1], scores[order[0]]
     for number in order[1:]:
+        if not ready():
+            break
         score = judge(_mean([states[n] for n in (*chosen, number)]))
         if score >= best:
             chosen, best = [*chosen, number], score

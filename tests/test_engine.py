@@ -1,6 +1,7 @@
 """Choosing a model in whole runs: the leaderboard, limits, metrics, and backbones whose weights cannot be had."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -80,3 +81,29 @@ def test_auto_races_the_backbones_whose_weights_are_there(tmp_path):
         ("mobilenet_v2", 128), ("mobilenet_v2", 160), ("mobilenet_v2", 192)}
     info = read(tmp_path / "run", "model/model.json")
     assert (info["backbone"], info["pretrained"]) == ("mobilenet_v2", True)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "knn", "pair"])
+def test_every_kind_of_head_is_judged_as_a_bundle(finished, tmp_path, kind, monkeypatch):
+    """What the head search finds is exported, served in light code, and answers like torch on the test split."""
+    from automl_cv.bundles import Shipment, write_bundle
+    from automl_cv.core import Run
+    from automl_cv.evaluate import run_step
+    from automl_cv.heads import HeadConfig
+    from automl_cv.layers import VIEWS, with_head
+    from automl_cv.learner import Config
+    from automl_cv.models import create_model
+    from automl_cv.probes import search_head
+    from automl_cv.race import Track
+    monkeypatch.setenv("AUTOML_CV_HOME", str(finished.parent))
+    run = Run(shutil.copytree(finished, tmp_path / "run"))
+    heads = {"mlp": HeadConfig("mlp", size=16, banks=("plain",)), "knn": HeadConfig("knn", size=5, banks=("plain",)),
+             "pair": HeadConfig(banks=VIEWS)}
+    track, model = Track(run, False, "standard", "", 0), create_model("small_cnn", 6, pretrained=False)
+    found = search_head(track, model, 32, grid=(heads[kind],))
+    write_bundle(run, with_head(model, found.head), Config(backbone="small_cnn", pretrained=False, size=32), run.bundle,
+                 Shipment(kind, *found.answers, train=track.images("train", 32)))
+    results = run_step(str(run.path))
+    assert results["final"]["accuracy"] > 0.2  # of random filters
+    assert results["final"]["parity"]["changed_labels"] == 0
+    assert (run.path / "final_model_misclassified_images.png").exists()

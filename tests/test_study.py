@@ -167,5 +167,32 @@ def test_step_is_finished_by_the_worker_that_is_left(tmp_path, postgres, monkeyp
     assert sum(found["trials"].values()) == 4 and found["config"] == study.best_trial.user_attrs["config"]
 
 
+def test_one_command_starts_workers_that_share_the_study(tmp_path, monkeypatch):
+    from automl_cv.core import home
+    from automl_cv.data import run_step as scan_step
+
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    folder = tmp_path / "runs/shared"
+    scan_step(str(folder), "demo:10")
+    Run(folder).write("request", {"source": "demo:10", "backbone": "small_cnn", "pretrained": False, "size": 32})
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        code = "from automl_cv.cli import main; main()"
+        return subprocess.run([sys.executable, "-c", code, *words], text=True, capture_output=True, timeout=500)
+
+    early = call("tune", str(folder))
+    assert early.returncode != 0 and "step_missing" in early.stderr and "Traceback" not in early.stderr
+    from automl_cv.baseline import run_step as baseline_step
+    baseline_step(str(folder), epochs=0)
+    Run(folder).write("steps", {"data": {"finished": "x"}, "baseline": {"finished": "x"}})
+    done = call("tune", str(folder), "--workers", "3", "--trials", "5", "--max-epochs", "1")
+    assert done.returncode == 0, done.stderr
+    study = open_study(Run(folder), f"sqlite:///{home() / 'optuna.db'}")
+    trials = finished_trials(study)
+    assert len(trials) == 5 and "a worker ended" not in done.stdout  # such short ones may all be the leader's
+    assert "finished" not in Run(folder).read("steps")["tune"] and "resume" in done.stdout
+    assert sum(Run(folder).read("tune")["trials"].values()) == 5
+
+
 if __name__ == "__main__":
     work(*sys.argv[1:])
