@@ -10,7 +10,7 @@ __all__ = ['programs', 'REFUSALS', 'TopK', 'All', 'Format', 'ROW', 'LINES', 'TAB
 # %% ../nbs/05de_routes.ipynb #c2f7f650
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -75,21 +75,17 @@ UPLOADS = {"requestBody": {"required": True, "content": {
 
 # %% ../nbs/05de_routes.ipynb #7cc80214
 async def _rows(request: Request, predictor: Predictor, uploads: list[Upload], top_k: int,
-                everything: bool, kind: str, files: list[tuple[str, BinaryIO]]) -> AsyncIterator[str]:
+                everything: bool, kind: str) -> AsyncIterator[str]:
     classes, metrics = predictor.classes, request.app.state.metrics
-    try:
-        if kind == "csv":
-            yield csv_head(classes)
-        async with aclosing(answer_uploads(request.app.state.pool, predictor, uploads)) as answers:
-            async for name, found in answers:
-                good = isinstance(found, Prediction)
-                if good:
-                    metrics.count(found, predictor.version)
-                more = extras(found, classes, top_k, everything) if good else {}
-                yield csv_row(name, found, classes) if kind == "csv" else json_row(name, found, more)
-    finally:
-        for _, file in files:
-            file.close()
+    if kind == "csv":
+        yield csv_head(classes)
+    async with aclosing(answer_uploads(request.app.state.pool, predictor, uploads)) as answers:
+        async for name, found in answers:
+            good = isinstance(found, Prediction)
+            if good:
+                metrics.count(found, predictor.version)
+            more = extras(found, classes, top_k, everything) if good else {}
+            yield csv_row(name, found, classes) if kind == "csv" else json_row(name, found, more)
 
 # %% ../nbs/05de_routes.ipynb #6d4fb960
 @programs.post("/predict/batch", openapi_extra=UPLOADS, responses=ROWS | failures(
@@ -105,12 +101,11 @@ async def predict_batch(
     """Name the classes of many pictures."""
     predictor, state = loaded(request.app), request.app.state
     state.pool.check()
-    files = await many_files(request)
-    uploads = await to_thread.run_sync(list_uploads, files)
+    uploads = await to_thread.run_sync(list_uploads, await many_files(request))
     state.metrics.batch.observe(len(uploads))
     request.state.record["pictures"] = len(uploads)
     kind = "text/csv" if format == "csv" else "application/x-ndjson"
-    return StreamingResponse(_rows(request, predictor, uploads, top_k, probabilities, format, files),
+    return StreamingResponse(_rows(request, predictor, uploads, top_k, probabilities, format),
                              media_type=kind, headers={"X-Model-Version": predictor.version})
 
 # %% ../nbs/05de_routes.ipynb #6596e7b2
