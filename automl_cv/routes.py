@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['programs', 'REFUSALS', 'TopK', 'All', 'Format', 'ROW', 'LINES', 'TABLE', 'ROWS', 'FILES', 'UPLOADS', 'SERVER',
-           'TENSOR', 'IMAGES', 'MODEL', 'LABEL', 'ASKED', 'GIVEN', 'check_ready', 'extras', 'predict_batch',
-           'v2_server', 'v2_live', 'v2_ready', 'v2_model_ready', 'v2_model', 'v2_infer', 'metrics']
+           'TENSOR', 'IMAGES', 'MODEL', 'LABEL', 'INPUT', 'WANTED', 'REQUEST', 'ASKED', 'GIVEN', 'check_ready',
+           'extras', 'predict_batch', 'v2_server', 'v2_live', 'v2_ready', 'v2_model_ready', 'v2_model', 'v2_infer',
+           'metrics']
 
 # %% ../nbs/05de_routes.ipynb #c2f7f650
 from collections.abc import AsyncIterator
@@ -23,7 +24,7 @@ from .bulk import Upload, answer_uploads, csv_head, csv_row, json_row, list_uplo
 from .core import AutomlError
 from .life import loaded
 from .predict import Prediction, Predictor
-from .protocol import MAX_JSON, describe_tensors, infer
+from .protocol import MAX_JSON, OUTPUTS, describe_tensors, infer
 from .web import failures, success
 
 # %% ../nbs/05de_routes.ipynb #2d789c12
@@ -122,8 +123,15 @@ IMAGES = {"name": "images", "datatype": "UINT8", "shape": [-1, 160, 160, 3]}
 MODEL = {"name": "scenes", "versions": ["0f343b093112"], "platform": "onnxruntime_onnx", "inputs": [IMAGES],
          "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 6]}]}
 LABEL = {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["mountain"]}
+INPUT = {"type": "object", "required": ["name", "datatype", "shape", "data"], "properties": {
+    "name": {"enum": ["files", "images"]}, "datatype": {"enum": ["BYTES", "UINT8"]},
+    "shape": {"type": "array", "items": {"type": "integer"}}, "data": {"type": "array"}}}
+WANTED = {"type": "object", "required": ["name"], "properties": {"name": {"enum": list(OUTPUTS)}}}
+REQUEST = {"type": "object", "required": ["inputs"], "properties": {
+    "id": {"type": "string"}, "outputs": {"type": "array", "items": WANTED},
+    "inputs": {"type": "array", "items": INPUT, "minItems": 1, "maxItems": 1}}}
 ASKED = {"requestBody": {"required": True, "content": {"application/json": {
-    "schema": {"type": "object"},
+    "schema": REQUEST,
     "example": {"id": "a1", "inputs": [TENSOR], "outputs": [{"name": "label"}]}}}}}
 GIVEN = {"model_name": "scenes", "model_version": "0f343b093112", "outputs": [LABEL], "id": "a1"}
 
