@@ -76,7 +76,8 @@ async def one_body(
             await _collect(request, pool, limit, chunks)
         if time.cancelled_caught:
             raise AutomlError("too_slow", f"The upload took over {UPLOAD_SECONDS:g} s.", "Try again.")
-        yield b"".join(chunks)
+        chunks[:] = [b"".join(chunks)]  # not a second time beside its pieces
+        yield chunks[0]
     finally:
         pool.held -= sum(map(len, chunks))
 
