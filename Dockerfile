@@ -22,7 +22,7 @@ COPY deploy/sbom.py ./
 # once, because a container has nowhere to keep bytecode and would compile at each start.
 ENV PATH=/opt/automl_cv/bin:$PATH PYTHONPYCACHEPREFIX=/opt/automl_cv/bytecode
 RUN chmod -R a+rX /model && cd / \
- && python -c "import automl_cv.cli; from automl_cv.serve import run_step; print(run_step('/'))" \
+ && python -c "import automl_cv.commands; from automl_cv.serve import run_step; print(run_step('/'))" \
  && python /src/sbom.py /model > /opt/automl_cv/sbom.cdx.json
 
 FROM python:3.12-slim

@@ -8,7 +8,7 @@ root = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-names = ("serve", "gpu", "train", "timm", "heif", "gcs", "s3", "otel", "openvino", "postgres", "dev")
+names = ("serve", "cli", "gpu", "train", "timm", "heif", "gcs", "s3", "otel", "openvino", "postgres", "dev")
 extras = {name: cfg[f"{name}_requirements"].split() for name in names}
 
 setup(

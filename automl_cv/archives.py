@@ -155,14 +155,13 @@ def _check_file(size: int) -> None:
 # %% ../nbs/00d_archives.ipynb #773cf58e
 def _read_entry(file: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
     _check_file(max(entry.file_size, entry.compress_size))
-    head = os.pread(file.fileno(), 30, entry.header_offset)
-    if len(head) < 30 or head[:4] != b"PK\3\4":
-        raise _damaged()
-    start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
-    packed = os.pread(file.fileno(), entry.compress_size, start)
     try:
-        data = _inflate_entry(entry, packed)
-    except (zlib.error, lzma.LZMAError, EOFError, OSError, ValueError):
+        head = os.pread(file.fileno(), 30, entry.header_offset)  # which may be before the file's first byte
+        if len(head) < 30 or head[:4] != b"PK\3\4":
+            raise _damaged()
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
+        data = _inflate_entry(entry, os.pread(file.fileno(), entry.compress_size, start))
+    except (zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, OverflowError, struct.error):
         raise _damaged() from None
     if len(data) != entry.file_size or zlib.crc32(data) != entry.CRC:
         raise _damaged()

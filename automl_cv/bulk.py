@@ -10,13 +10,11 @@ import asyncio
 import csv
 import io
 import json
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from .archives import open_zip
 from .batch import prediction_row, table_columns
@@ -41,9 +39,9 @@ def _no_file() -> bytes:
                       "Pack the file itself.")
 
 # %% ../nbs/05db_bulk.ipynb #e0f049ed
-def _unzip(file: BinaryIO) -> list[Upload]:
+def _unzip(content: memoryview) -> list[Upload]:
     with tempfile.NamedTemporaryFile(suffix=".zip") as copy:  # the entries keep it open when its name is gone
-        shutil.copyfileobj(file, copy)
+        copy.write(content)
         copy.flush()
         items = open_zip(Path(copy.name))
     return [Upload(item.name, _no_file if item.status else item.read)
@@ -51,14 +49,13 @@ def _unzip(file: BinaryIO) -> list[Upload]:
 
 # %% ../nbs/05db_bulk.ipynb #ed52a3a5
 def list_uploads(
-    files: Iterable[tuple[str, BinaryIO]],  # names and open files
+    files: Iterable[tuple[str, memoryview]],  # names and contents
 ) -> list[Upload]:  # in their order; the entries of a zip in its place
     """List the pictures in some files. Raises AutomlError bad_archive and an archive's other codes."""
     found: list[Upload] = []
-    for name, file in files:
-        head = file.read(4)
-        file.seek(0)
-        found += _unzip(file) if head in ZIP else [Upload(name, partial(file.read, UPLOAD.max_bytes + 1))]
+    for name, content in files:
+        part = content[:UPLOAD.max_bytes + 1]  # as much as shows that it is too much
+        found += _unzip(content) if content[:4] in ZIP else [Upload(name, part.tobytes)]
     return found
 
 # %% ../nbs/05db_bulk.ipynb #8f8604e1

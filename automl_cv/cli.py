@@ -4,32 +4,27 @@
 
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Latency', 'Megabytes', 'Int8', 'Space',
-           'Storage', 'Fix', 'Apply', 'Gate', 'Folder', 'closing_lines', 'command', 'told', 'run', 'resume', 'tune',
-           'check_facts', 'check_lines', 'check_folder', 'check', 'find_bundle', 'part_name', 'predict', 'serve',
-           'deploy', 'main']
+           'Storage', 'Fix', 'Apply', 'Gate', 'Folder', 'closing_lines', 'run', 'resume', 'tune', 'check_facts',
+           'check_lines', 'check_folder', 'check', 'predict', 'serve', 'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .batch import print_table, walk, write_table
 from .champion import METRICS
-from .core import (AutomlError, Run, hash_bytes, home, look_up, open_run, parse_time,
-                            stop_on_signals)
+from .commands import classify_files, command, find_bundle, serve_bundle, told
+from .core import AutomlError, Run, hash_bytes, home, look_up, open_run, parse_time, stop_on_signals
 from .deploy import Target
 from .deploy import deploy as deploy_bundle
 from .pipeline import (PRESETS, Execute, Request, call_step, plan_step, run_notebook,
                                 run_pipeline)
-from .places import fetch_bundle
-from .predict import Predictor, read_bundle
+from .tasks import headline
 
 # %% ../nbs/07a_cli.ipynb #3086c477
 def closing_lines(
@@ -52,14 +47,6 @@ def closing_lines(
                     f"Bundle    {run.bundle}", "", f"Serve it  {command()} serve {run.bundle}",
                     "Ask it    curl -F file=@picture.jpg http://127.0.0.1:8000/predict"]
 
-# %% ../nbs/07a_cli.ipynb #e8613418
-def command() -> str:
-    """Return how to call this program from here, for the commands that it prints."""
-    called = Path(sys.argv[0]).absolute()
-    if called.name != "automl-cv" or not called.is_relative_to(Path.cwd()):
-        return "automl-cv"
-    return str(called.relative_to(Path.cwd()))
-
 # %% ../nbs/07a_cli.ipynb #692f44a3
 cli = typer.Typer(help="Labelled images in, a classifier you can trust and a service that runs it out.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -78,32 +65,6 @@ Fix = Annotated[str, typer.Option(help="Kinds of findings to act on, separated b
 Apply = Annotated[Path | None, typer.Option("--apply", help="A review.csv with your decisions.")]
 Gate = Annotated[float, typer.Option(
     help="Gate on the headline figure (accuracy, or mAP with several labels).", min=0, max=1)]
-
-# %% ../nbs/07a_cli.ipynb #3ffaa853
-def _as_known(error: BaseException) -> AutomlError:
-    if isinstance(error, AutomlError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return AutomlError("interrupted", "Stopped at once.")
-    if isinstance(error, MemoryError):
-        return AutomlError("out_of_memory", "There was not enough memory.", "Try a smaller --size.")
-    return AutomlError("disk_trouble", f"A file could not be read or written: {error}.",
-                       "Check space and rights.")
-
-# %% ../nbs/07a_cli.ipynb #2e585c50
-@contextmanager
-def told(
-    run: Run | None = None,  # what can be resumed
-) -> Iterator[None]:
-    """Turn errors into one line on stderr and an exit status."""
-    try:
-        yield
-    except (AutomlError, KeyboardInterrupt, MemoryError, OSError) as error:
-        known = _as_known(error)
-        print(f"error: {known} [{known.code}]", file=sys.stderr)
-        if run and known.code == "interrupted":
-            print(f"Go on with: {command()} resume {run.path}", file=sys.stderr)
-        raise typer.Exit(known.exit_code) from None
 
 # %% ../nbs/07a_cli.ipynb #1f358c8b
 def _quiet(as_json: bool) -> Any:
@@ -274,29 +235,6 @@ def check(
         print(json.dumps(check_facts(run)) if as_json else "\n".join(check_lines(run)))
 
 # %% ../nbs/07a_cli.ipynb #e8f89968
-def find_bundle(
-    where: str,  # a folder, an address like gs://bucket/model, or models:/NAME@ALIAS
-) -> Path:  # a folder that holds the bundle
-    """Bring a bundle here from wherever it is. Raises AutomlError bundle_not_found, missing_extra."""
-    if not where.startswith("models:/"):
-        return fetch_bundle(where)
-    try:
-        from automl_cv.registry import fetch_registered
-    except ModuleNotFoundError:
-        raise AutomlError("missing_extra", "MLflow is not installed.",
-                          "pip install automl_cv[train]") from None
-    return fetch_registered(where)
-
-# %% ../nbs/07a_cli.ipynb #61a78b81
-def part_name(
-    table: Path,  # as the user named it
-    task: int,  # counted from 0
-    tasks: int,  # how many share the files
-) -> Path:
-    """Name the table of one task."""
-    return table if tasks == 1 else table.with_stem(f"{table.stem}-{task + 1}-of-{tasks}")
-
-# %% ../nbs/07a_cli.ipynb #944398ca
 @cli.command()
 def predict(
     bundle: Bundle,
@@ -306,16 +244,9 @@ def predict(
     tasks: Annotated[int, typer.Option(envvar="CLOUD_RUN_TASK_COUNT", help="How many share.", min=1)] = 1,
 ) -> None:
     """Classify pictures into a table, with probabilities and errors; goes on after a break."""
-    with told(), stop_on_signals():
-        table = csv_file and part_name(csv_file, task, tasks)
-        predictor = Predictor(find_bundle(bundle))
-        files = [path for path in walk(paths) if path != table][task::tasks]
-        tally = (write_table(predictor, files, table) if table else print_table(predictor, files, sys.stdout))
-        print(tally.line(), file=sys.stderr)
-        if tally.failed == tally.pictures and (files or tasks == 1):  # a share may be empty
-            raise AutomlError("no_usable_image", "No picture could be classified.", "See the column error.")
+    classify_files(bundle, paths, csv_file, task, tasks)
 
-# %% ../nbs/07a_cli.ipynb #4378769b
+# %% ../nbs/07a_cli.ipynb #f99e5ed2
 @cli.command()
 def serve(
     bundle: Bundle,
@@ -323,10 +254,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 means PORT, or 8000.", min=0, max=65535)] = 0,
 ) -> None:
     """Serve a bundle over HTTP: a page at /, predictions at /predict."""
-    from automl_cv.serve import serve as run_server
-    with told():
-        read_bundle(place := find_bundle(bundle))
-        run_server(bundle if "://" in bundle else str(place), host, port)
+    serve_bundle(bundle, host, port)
 
 # %% ../nbs/07a_cli.ipynb #70674c33
 @cli.command()

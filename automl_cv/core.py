@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -332,7 +333,7 @@ def track(
     total: int,  # how many items there are
 ) -> Iterator[T]:
     """Yield the items, showing how far the work has come."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or not find_spec("rich"):
         return _plain_track(items, what, total)
     from rich.progress import track as bar
     return iter(bar(items, description=what, total=total, transient=True))

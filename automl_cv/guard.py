@@ -16,10 +16,11 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .core import AutomlError, hash_bytes
-from .web import problem_response
+from .web import problem_response, show, wants_page
 
 # %% ../nbs/05da_guard.ipynb #c2db1d76
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -81,6 +82,15 @@ def is_host(
     return not names or any(re.fullmatch(pattern, name, re.ASCII) for pattern in patterns)
 
 # %% ../nbs/05da_guard.ipynb #6336a41c
+def _refusal(request: Request, error: AutomlError) -> Response:
+    if error.status != 401:
+        return problem_response(request, error.problem())
+    asks = request.method == "GET" and wants_page(request)
+    reply = show("locked.html", request) if asks else problem_response(request, error.problem())
+    reply.status_code, reply.headers["WWW-Authenticate"] = 401, "Bearer"
+    return reply
+
+# %% ../nbs/05da_guard.ipynb #34005486
 class Guard:
     """Turn away requests that the rules do not allow."""
 
@@ -106,8 +116,7 @@ class Guard:
             if scope["type"] == "http":
                 self.check(scope["path"], scope["method"], Headers(scope=scope))
         except AutomlError as error:
-            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-            return await problem_response(Request(scope), error.problem(), headers)(scope, receive, send)
+            return await _refusal(Request(scope), error)(scope, receive, send)
         await self.app(scope, receive, send)
 
 # %% ../nbs/05da_guard.ipynb #6938906b

@@ -50,7 +50,7 @@ def _images(tensor: dict[str, Any], side: int) -> np.ndarray:
     whole = values.size == math.prod(shape) and values.dtype.kind in "iu"
     if not whole or values.min() < 0 or values.max() > 255:
         raise _wrong("The data of 'images' are not whole numbers from 0 to 255, as many as the shape says.")
-    return values.reshape(shape).astype(np.uint8)
+    return values.reshape(-1, side, side, 3).astype(np.uint8)
 
 # %% ../nbs/05dc_protocol.ipynb #7f84d34d
 def _files(tensor: dict[str, Any]) -> list[bytes]:
@@ -96,6 +96,7 @@ def infer(
     else:
         found = [predictor.predict(data) for data in _files(tensor)]
     wanted = [output["name"] for output in request.get("outputs", [])] or list(OUTPUTS)
-    identity = {"id": request["id"]} if isinstance(request.get("id"), str) else {}
+    given = request.get("id")  # which JSON lets hold half a character
+    identity = {"id": given.encode(errors="replace").decode()} if isinstance(given, str) else {}
     return {"model_name": predictor.info["name"], "model_version": predictor.version,
             "outputs": _outputs(found, wanted)} | identity, found

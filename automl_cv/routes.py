@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['programs', 'REFUSALS', 'TopK', 'All', 'Format', 'ROW', 'LINES', 'TABLE', 'ROWS', 'FILES', 'UPLOADS', 'SERVER',
-           'TENSOR', 'IMAGES', 'MODEL', 'LABEL', 'ASKED', 'GIVEN', 'check_ready', 'extras', 'predict_batch',
-           'v2_server', 'v2_live', 'v2_ready', 'v2_model_ready', 'v2_model', 'v2_infer', 'metrics']
+           'TENSOR', 'IMAGES', 'MODEL', 'LABEL', 'INPUT', 'WANTED', 'REQUEST', 'ASKED', 'GIVEN', 'check_ready',
+           'extras', 'predict_batch', 'v2_server', 'v2_live', 'v2_ready', 'v2_model_ready', 'v2_model', 'v2_infer',
+           'metrics']
 
 # %% ../nbs/05de_routes.ipynb #c2f7f650
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -23,7 +24,7 @@ from .bulk import Upload, answer_uploads, csv_head, csv_row, json_row, list_uplo
 from .core import AutomlError
 from .life import loaded
 from .predict import Prediction, Predictor
-from .protocol import MAX_JSON, describe_tensors, infer
+from .protocol import MAX_JSON, OUTPUTS, describe_tensors, infer
 from .web import failures, success
 
 # %% ../nbs/05de_routes.ipynb #2d789c12
@@ -75,21 +76,17 @@ UPLOADS = {"requestBody": {"required": True, "content": {
 
 # %% ../nbs/05de_routes.ipynb #7cc80214
 async def _rows(request: Request, predictor: Predictor, uploads: list[Upload], top_k: int,
-                everything: bool, kind: str, files: list[tuple[str, BinaryIO]]) -> AsyncIterator[str]:
+                everything: bool, kind: str) -> AsyncIterator[str]:
     classes, metrics = predictor.classes, request.app.state.metrics
-    try:
-        if kind == "csv":
-            yield csv_head(classes)
-        async with aclosing(answer_uploads(request.app.state.pool, predictor, uploads)) as answers:
-            async for name, found in answers:
-                good = isinstance(found, Prediction)
-                if good:
-                    metrics.count(found, predictor.version)
-                more = extras(found, classes, top_k, everything) if good else {}
-                yield csv_row(name, found, classes) if kind == "csv" else json_row(name, found, more)
-    finally:
-        for _, file in files:
-            file.close()
+    if kind == "csv":
+        yield csv_head(classes)
+    async with aclosing(answer_uploads(request.app.state.pool, predictor, uploads)) as answers:
+        async for name, found in answers:
+            good = isinstance(found, Prediction)
+            if good:
+                metrics.count(found, predictor.version)
+            more = extras(found, classes, top_k, everything) if good else {}
+            yield csv_row(name, found, classes) if kind == "csv" else json_row(name, found, more)
 
 # %% ../nbs/05de_routes.ipynb #6d4fb960
 @programs.post("/predict/batch", openapi_extra=UPLOADS, responses=ROWS | failures(
@@ -105,12 +102,11 @@ async def predict_batch(
     """Name the classes of many pictures."""
     predictor, state = loaded(request.app), request.app.state
     state.pool.check()
-    files = await many_files(request)
-    uploads = await to_thread.run_sync(list_uploads, files)
+    uploads = await to_thread.run_sync(list_uploads, await many_files(request))
     state.metrics.batch.observe(len(uploads))
     request.state.record["pictures"] = len(uploads)
     kind = "text/csv" if format == "csv" else "application/x-ndjson"
-    return StreamingResponse(_rows(request, predictor, uploads, top_k, probabilities, format, files),
+    return StreamingResponse(_rows(request, predictor, uploads, top_k, probabilities, format),
                              media_type=kind, headers={"X-Model-Version": predictor.version})
 
 # %% ../nbs/05de_routes.ipynb #6596e7b2
@@ -127,8 +123,15 @@ IMAGES = {"name": "images", "datatype": "UINT8", "shape": [-1, 160, 160, 3]}
 MODEL = {"name": "scenes", "versions": ["0f343b093112"], "platform": "onnxruntime_onnx", "inputs": [IMAGES],
          "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 6]}]}
 LABEL = {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["mountain"]}
+INPUT = {"type": "object", "required": ["name", "datatype", "shape", "data"], "properties": {
+    "name": {"enum": ["files", "images"]}, "datatype": {"enum": ["BYTES", "UINT8"]},
+    "shape": {"type": "array", "items": {"type": "integer"}}, "data": {"type": "array"}}}
+WANTED = {"type": "object", "required": ["name"], "properties": {"name": {"enum": list(OUTPUTS)}}}
+REQUEST = {"type": "object", "required": ["inputs"], "properties": {
+    "id": {"type": "string"}, "outputs": {"type": "array", "items": WANTED},
+    "inputs": {"type": "array", "items": INPUT, "minItems": 1, "maxItems": 1}}}
 ASKED = {"requestBody": {"required": True, "content": {"application/json": {
-    "schema": {"type": "object"},
+    "schema": REQUEST,
     "example": {"id": "a1", "inputs": [TENSOR], "outputs": [{"name": "label"}]}}}}}
 GIVEN = {"model_name": "scenes", "model_version": "0f343b093112", "outputs": [LABEL], "id": "a1"}
 

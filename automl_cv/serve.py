@@ -140,7 +140,8 @@ async def ready(
 def _show(name: str, request: Request) -> HTMLResponse:
     predictor = request.app.state.predictor
     facts = {"version": predictor.version, "precision": predictor.precision} if predictor else {}
-    page = show(name, request, info=predictor and predictor.info, limits=UPLOAD, **facts)
+    page = show(name, request, info=predictor and predictor.info, limits=UPLOAD,
+                needs_key=request.app.state.needs_key, **facts)
     page.headers["Vary"] = "Accept"
     return page
 
@@ -215,11 +216,13 @@ def create_app(
     state.bundle, state.predictor, state.leaving = str(bundle), None, False
     state.metrics, state.spans = Metrics(), Spans()
     state.metrics.depth.set_function(lambda: state.pool.depth)
+    rules = read_rules()
+    state.needs_key = bool(rules.keys)
     app.include_router(router)
     app.include_router(programs)
     app.mount("/static", StaticFiles(packages=[("automl_cv", "static")]))
     app.add_exception_handler(Busy, on_busy)
-    add_guard(app, read_rules())
+    add_guard(app, rules)
     add_frame(app)
     app.add_middleware(Closing, state=state)
     app.add_middleware(Journal, metrics=state.metrics, paths=PATHS, spans=state.spans)

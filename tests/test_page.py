@@ -1,5 +1,6 @@
 """The pages in a real browser."""
 import csv
+import hashlib
 import io
 import json
 import os
@@ -462,3 +463,29 @@ def test_axe_finds_nothing(open_page, start, doubtful, plain, scheme):
                                      + [{"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"x"}])
                 page.wait_for_selector("#download:enabled")
                 assert violations(page) == []
+
+
+def test_a_service_with_keys(open_page, start, bundle, plain):
+    """The pages ask for the key, send it with each request, and say when it is wrong."""
+    digest = hashlib.sha256(b"a long secret").hexdigest()
+    with start(bundle, AUTOML_CV_API_KEYS=digest) as server:
+        page = open_page(server.url)
+        page.set_input_files("#file", picture(plain))
+        page.wait_for_selector("#trouble:visible")
+        assert page.inner_text("#trouble-title") == "The key is missing or wrong"
+        page.fill("#key", "a long secret")
+        page.keyboard.press("Enter")
+        page.click("#again")
+        page.wait_for_selector("#answer:visible")
+        assert page.inner_text("#label") == "red"
+        page.click("text=Model")
+        page.wait_for_selector("#quality")
+        page.click("text=Batch")
+        page.set_input_files("#files", [picture(plain), picture(plain, "blue")])
+        page.wait_for_selector("tbody tr:nth-child(2)")
+        page.evaluate("sessionStorage.setItem('key', 'another')")
+        page.goto(f"{server.url}/model")
+        page.wait_for_selector("text=does not know this key")
+        page.fill("#key", "a long secret")
+        page.click("text=Use this key")
+        page.wait_for_selector("#quality")

@@ -26,6 +26,7 @@ CORPUS = Path(__file__).parents[1].parent / "shared" / "corpus"
 HEAVY = ("torch", "torchvision", "optuna", "mlflow", "pandas", "fastcore", "IPython")
 UVICORN = ("-m", "uvicorn", "automl_cv.serve:app", "--port", "{port}")
 OVER = 10 * 2**20 + 1
+LEAVES, SWAPS = (20, 200) if os.environ.get("AUTOML_CV_FULL") else (3, 20)
 
 
 def chunks(size):
@@ -180,7 +181,8 @@ def load(url, picture, clients=4):
         worker.join()
 
 
-def test_sigterm_under_load_loses_nothing(start, bundle, plain):
+@pytest.mark.parametrize("turn", range(LEAVES))
+def test_sigterm_under_load_loses_nothing(start, bundle, plain, turn):
     with start(bundle) as server, load(server.url, plain("blue")) as found:
         time.sleep(0.7)
         server.process.send_signal(signal.SIGTERM)
@@ -198,7 +200,7 @@ def test_swaps_under_load_fail_nobody(start, tmp_path, plain):
     versions = [hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()[:12] for folder in bundles]
     served = Path(shutil.copytree(bundles[0], tmp_path / "served"))
     with start(served) as server, load(server.url, plain("red"), 2) as found:
-        for turn in range(1, 21):
+        for turn in range(1, SWAPS + 1):
             with atomic_folder(served) as draft:
                 shutil.copytree(bundles[turn % 2], draft, dirs_exist_ok=True)
             server.process.send_signal(signal.SIGHUP)
@@ -243,6 +245,31 @@ def test_full_queue_is_said_at_once(start, bundle):
         assert (refused.json()["code"], refused.headers["retry-after"]) == ("busy", "1")
         depth = httpx.get(f"{server.url}/metrics", trust_env=False).text
         assert "automl_cv_queue_depth 0.0" in depth
+
+
+def test_eighty_photos_fit_into_memory(start, bundle):
+    """Eighty uploads of 12 megapixels at once: all are answered or told to come back, in 256 MB."""
+    file = io.BytesIO()
+    Image.effect_noise((1000, 750), 60).resize((4000, 3000)).convert("RGB").save(file, "JPEG", quality=85)
+    with start(bundle) as server:
+        rollup = Path(f"/proc/{server.process.pid}/smaps_rollup")
+        if not rollup.exists():
+            pytest.skip("needs /proc")
+        done, found = threading.Event(), []
+
+        def watch():
+            while not done.wait(0.05):
+                found.append(int(re.search(r"^Pss:\s+(\d+)", rollup.read_text(), re.M)[1]))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        with ThreadPoolExecutor(80) as pool:
+            def ask(_):
+                return httpx.post(f"{server.url}/predict", content=file.getvalue(), trust_env=False, timeout=120)
+            statuses = {reply.status_code for reply in pool.map(ask, range(80))}
+        done.set()
+        watcher.join()
+    assert statuses <= {200, 503} and max(found) < 256_000  # KiB
 
 
 def test_batch_of_a_zip(client, plain):

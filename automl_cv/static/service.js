@@ -11,8 +11,21 @@ export class Trouble extends Error {
 const unreachable = () =>
   new Trouble("The service did not answer", "Check your connection and try again.", { code: "no_answer", passes: true });
 
+/** Keep a key for as long as the tab is open. */
+export const keep = (key) => sessionStorage.setItem("key", key);
+
+/** The header that carries the key, where there is one. */
+export function keyHeader() {
+  const key = sessionStorage.getItem("key");
+  return key ? { "X-API-Key": key } : {};
+}
+
+const locked = () =>
+  new Trouble("The key is missing or wrong", "Type the key of this service above, then try again.", { code: "no_key", passes: true });
+
 /** Turn a problem+json answer into a Trouble. */
 async function explain(reply) {
+  if (reply.status === 401) return locked();
   const problem = await reply.json().catch(() => ({}));
   const title = problem.title ?? "The service failed";
   return new Trouble(title, problem.detail ?? `It answered with status ${reply.status}. Try again.`, {
@@ -30,7 +43,7 @@ export async function post(address, field, files, signal) {
   for (const file of files) form.append(field, file, file.name);
   let reply;
   try {
-    reply = await fetch(address, { method: "POST", body: form, signal });
+    reply = await fetch(address, { method: "POST", body: form, headers: keyHeader(), signal });
   } catch (error) {
     throw error.name === "AbortError" ? error : unreachable();
   }

@@ -1,0 +1,29 @@
+// A service's API key: asked for once, kept until the tab is closed, sent with each request.
+import { keyHeader, keep } from "./service.js";
+
+const [form, field, state] = ["key-form", "key", "key-state"].map((id) => document.getElementById(id));
+
+// A browser cannot send a key when it follows a link, so a page that needs one is fetched with it.
+async function unlock() {
+  const reply = await fetch(location.href, { headers: { Accept: "text/html", ...keyHeader() } });
+  if (!reply.ok) {
+    state.textContent = "The service does not know this key.";
+    return;
+  }
+  const page = new DOMParser().parseFromString(await reply.text(), "text/html");
+  document.title = page.title;
+  document.getElementById("main").replaceWith(page.getElementById("main"));
+}
+
+function use() {
+  state.textContent = "The key is sent with each request until you close this tab.";
+  if (document.getElementById("locked")) unlock();
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  keep(field.value.trim());
+  field.value = "";
+  use();
+});
+if ("X-API-Key" in keyHeader()) use();
