@@ -103,7 +103,13 @@ def _load_whole(where: str, tries: int = 10) -> Predictor | None:
 async def _load_apart(where: str, tries: int = 10) -> Predictor | None:
     done: Future[Predictor | None] = Future()
     done.set_running_or_notify_cancel()  # from here on a result may come, whoever still waits
-    threading.Thread(target=lambda: done.set_result(_load_whole(where, tries)), daemon=True).start()
+
+    def work() -> None:
+        try:
+            done.set_result(_load_whole(where, tries))
+        except Exception as error:  # whoever waits has to hear of it
+            done.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
     return await asyncio.wrap_future(done)
 
 # %% ../nbs/05dd_life.ipynb #a05b499e

@@ -52,7 +52,8 @@ def _suggest_standard(trial: Trial, base: Config, max_epochs: int, imbalanced: b
     lr = trial.suggest_float("lr", *ADAM_LR, log=True) * (SGD_FACTOR if config.optimizer == "sgd" else 1.0)
     config = replace(config, lr=lr)
     if base.pretrained:
-        config = replace(config, layer_decay=trial.suggest_float("layer_decay", 0.5, 1.0))
+        config = replace(config, layer_decay=trial.suggest_float("layer_decay", 0.5, 1.0),
+                         norm=trial.suggest_categorical("norm", ["frozen", "batch"]))
     if small := small_size(base.size):
         config = replace(config, start_size=trial.suggest_categorical("start_size", [0, small]))
     if imbalanced:
@@ -103,7 +104,8 @@ def known_params(
     known = {"lr": lr, "epochs": max_epochs}
     if space == "original":
         return {"original": known | {"batch_size": base.batch_size}}
-    names = ("optimizer", "weight_decay", "augmentation", "strength", "label_smoothing", "balance")
+    names = ("optimizer", "weight_decay", "augmentation", "strength", "label_smoothing", "balance", "norm")
     known |= {name: getattr(base, name) for name in names} | {"layer_decay": 1.0, "start_size": 0}
     careful = {"careful": known | {"lr": max(ADAM_LR[0], lr / 3), "layer_decay": 0.75}}
-    return {"standard": known} | (careful if base.pretrained else {})
+    mixed = {"mixed": known | {"augmentation": "cutmix"}}  # for long trainings
+    return {"standard": known} | (mixed | careful if base.pretrained else {})

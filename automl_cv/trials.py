@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINISHED', 'RUNGS', 'KEEP', 'live_trials', 'finished_trials', 'continue_trial', 'enqueue_known', 'rung_values',
-           'survives', 'Halving', 'promote_paused', 'measured', 'spent_seconds']
+           'survives', 'Halving', 'promote_paused', 'measured', 'spent_seconds', 'choose_trial']
 
 # %% ../nbs/02aa_trials.ipynb #8c310024
 import math
@@ -154,3 +154,15 @@ def spent_seconds(
         total += max(0.0, (end - max(start, until)).total_seconds())
         until = max(until, end)
     return total
+
+# %% ../nbs/02aa_trials.ipynb #7dc616eb
+def choose_trial(
+    study: optuna.Study,  # with at least one complete trial
+    metric: str = "",  # what trials are compared by, a key of champion.METRICS; empty takes the task's
+) -> FrozenTrial:
+    """Choose the best trial, or the first one where the best leads by chance."""
+    best, first = study.best_trial, study.trials[0]
+    scores = first.user_attrs.get("scores", {})
+    if first.state != TrialState.COMPLETE or metric not in ("", scores["metric"]):
+        return best  # the interval is the task's own figure's
+    return best if best.value - first.value > (scores["high"] - scores["low"]) / (2 * 1.96) else first

@@ -31,7 +31,8 @@ from .space import is_imbalanced, known_params, make_base, suggest_config
 from .study import draw_study, open_study, run_trials
 from .tasks import TASKS, headline
 from .tracking import Record, child, connect, tracked_step
-from .trials import enqueue_known, finished_trials, measured, promote_paused, spent_seconds
+from .trials import (choose_trial, enqueue_known, finished_trials, measured, promote_paused,
+                              spent_seconds)
 from .workers import helpers
 
 # %% ../nbs/03_tune.ipynb #a06502e3
@@ -106,9 +107,8 @@ def _values(study: optuna.Study) -> dict[int, float]:
 
 
 def _leave_scores(search: Search, trial: Trial, training: Training) -> float:
-    judge, answers = JUDGES[training.config.task], (training.logits, search.validation.targets)
-    trial.set_user_attr("scores", found := judge.score(*answers))
-    trial.set_user_attr("calibration", judge.calibrate(*answers))
+    found = JUDGES[training.config.task].score(training.logits, search.validation.targets)
+    trial.set_user_attr("scores", found)
     search.offer(f"trial {trial.number}", training)
     value = search.worth(found)
     keep_weights(search.run.path / "trials", trial.number, _values(trial.study) | {trial.number: value},
@@ -180,15 +180,14 @@ def search_trials(
         return run_trial(replace(search, max_epochs=longest), trial, max(left, 1.0) if seconds else 0.0)
     run_trials(study, objective, trials, lambda: _is_ready(study, search, deadline - time.monotonic()))
 
-# %% ../nbs/03_tune.ipynb #02b7a97a
+# %% ../nbs/03_tune.ipynb #dee8e4e8
 def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:
     states = [trial.state.name.lower() for trial in finished_trials(study)]
     if "complete" not in states:
         raise AutomlError("diverged", "Every trial of the search diverged.",
                           "Check the labels and the pictures.")
-    best = study.best_trial
+    best = choose_trial(study, search.metric)
     return {"split": "validation", "config": best.user_attrs["config"], "scores": best.user_attrs["scores"],
-            **best.user_attrs["calibration"],
             "best_trial": best.number, "study": study.study_name, "space": search.space,
             "trials": {state: states.count(state) for state in ("complete", "pruned")},
             "trial_images": len(search.train)}
@@ -243,7 +242,8 @@ def _search(search: Search, study: optuna.Study, trials: int, seconds: float, wo
     found |= {"soup": soup} if len(soup) > 1 else {}
     for path in draw_study(study, search.run.path / "tune"):
         record.log_file(path)
-    record.log_params({f"best_{name}": value for name, value in study.best_params.items()})
+    best = study.trials[found["best_trial"]].params
+    record.log_params({f"best_{name}": value for name, value in best.items()})
     record.log_metrics(found["scores"])
     _clean_up(study, search.run)
     return found

@@ -164,7 +164,7 @@ def test_step_is_finished_by_the_worker_that_is_left(tmp_path, postgres, monkeyp
     study = open_study(Run(folder), postgres)
     assert len(finished_trials(study)) == 4
     found = Run(folder).read("tune")
-    assert sum(found["trials"].values()) == 4 and found["config"] == study.best_trial.user_attrs["config"]
+    assert sum(found["trials"].values()) == 4 and found["config"] == study.trials[found["best_trial"]].user_attrs["config"]
 
 
 def test_one_command_starts_workers_that_share_the_study(tmp_path, monkeypatch):
