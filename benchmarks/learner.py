@@ -3,7 +3,8 @@
 `plain` is what every tutorial writes: Pillow decodes and resizes each file in every epoch, flips, ToTensor, Normalize,
 NCHW in float32, AdamW. `memory` is the bound: the learner's network in bfloat16 and channels_last over an array that
 lies in memory, without augmentation, averaging, checks or time keeping. `learner` is `train_one_epoch` over the
-decode-once cache with crop, flip, averaged weights and all checks. Each is a process of its own, so that settings of
+decode-once cache with flip, averaged weights and all checks, and with frozen norms where pretrained weights can be had
+(AUTOML_CV_WEIGHTS), as it trains them; `frozen` in the report says so. Each is a process of its own, so that settings of
 the one do not help the other; they take turns over the same files on the same two cores. CPU seconds are the figure to
 trust where the machine has other work to do.
 
@@ -87,6 +88,7 @@ def learner(folder: Path, backbone: str, size: int) -> Callable[[], None]:
     from automl_cv.cache import Images, decode_rows
     from automl_cv.core import hash_file
     from automl_cv.learner import start_training, train_one_epoch
+    from automl_cv.models import weights_trouble
     from automl_cv.recipe import Config
     from automl_cv.transforms import make_policy
     files = list_files(folder)
@@ -94,7 +96,9 @@ def learner(folder: Path, backbone: str, size: int) -> Callable[[], None]:
                          "sha256": [hash_file(path) for path, _ in files]})
     targets = np.array([label for _, label in files])
     images = Images(decode_rows(str(folder), rows, make_policy("standard", size)), targets)
-    config = Config(backbone=backbone, pretrained=False, size=size, batch_size=BATCH, epochs=1000)
+    pretrained = not weights_trouble(backbone)
+    config = Config(backbone=backbone, pretrained=pretrained, norm="frozen" if pretrained else "batch", size=size,
+                    batch_size=BATCH, epochs=1000)
     training = start_training(config, images, 6)
 
     def epoch() -> None:
@@ -140,10 +144,11 @@ def take_turns(folder: str, case: str, repeats: int) -> Iterator[tuple[str, dict
 
 def compare(folder: str, case: str, repeats: int) -> dict[str, object]:
     """Measure one network and return medians, spreads and ratios."""
+    from automl_cv.models import weights_trouble
     found: dict[str, list[dict[str, float]]] = {"plain": [], "memory": [], "learner": []}
     for kind, row in take_turns(folder, case, repeats):
         found[kind].append(row)
-    report: dict[str, object] = {}
+    report: dict[str, object] = {"frozen": not weights_trouble(case.split(":")[0])}
     for kind, rows in found.items():
         speeds, costs = [COUNT / row["wall"] for row in rows], [1000 * row["cpu"] / COUNT for row in rows]
         report[kind] = {"pictures_per_second": round(statistics.median(speeds), 1),
