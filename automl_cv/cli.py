@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,6 @@ from .deploy import Target
 from .deploy import deploy as deploy_bundle
 from .pipeline import (PRESETS, Execute, Request, call_step, plan_step, run_notebook,
                                 run_pipeline)
-from .tasks import headline
 
 # %% ../nbs/07a_cli.ipynb #3086c477
 def closing_lines(
