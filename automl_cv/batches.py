@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .augment import augment, mix_pictures
+from .augment import augment
 from .cache import Images
 from .machine import move, one_thread, pick_device
 from .recipe import Config
@@ -41,21 +40,18 @@ def iterate_batches(
     images: Images,  # uint8 [N, R, R, 3] and their targets
     config: Config,  # sizes, augmentation, seed
     epoch: int,  # from 0
-    classes: int,  # C
     start: int = 0,  # the first batch that is wanted
     shares: np.ndarray | None = None,  # as `plan_batches` takes them
-) -> Iterator[tuple[Tensor, Tensor]]:  # uint8 [B, S, S, 3] and int64 [B], or float32 [B, C]
+) -> Iterator[tuple[Tensor, Tensor]]:  # uint8 [B, S, S, 3] and targets as they are
     """Yield the augmented batches of one epoch, on the device."""
     plan = plan_batches(len(images), config.batch_size, config.seed, epoch, shares)
-    device, kind = pick_device(), config.augmentation
+    device = pick_device()
     for number, index in enumerate(plan[start:], start):
         index = np.sort(index)  # a memory-mapped file likes to be read in order
         random = np.random.default_rng([config.seed, epoch, number])
         arrays = images.array[index], images.targets[index]
         array, targets = (move(torch.from_numpy(part), device) for part in arrays)
         with one_thread():
-            pictures = augment(array, config.transforms, config.size, kind, config.strength, random)
-            if kind in ("mixup", "cutmix"):
-                truth = functional.one_hot(targets, classes).float() if targets.ndim == 1 else targets
-                pictures, targets = mix_pictures(pictures, truth, kind, random)
+            pictures = augment(array, config.transforms, config.size, config.augmentation, config.strength,
+                               random)
         yield pictures, targets

@@ -32,11 +32,13 @@ def choose_config(
     default: Config,  # used where step 3 has not run
     epochs: int = 0,  # passes over the pictures; 0 takes the tuned number
     scope: str = "",  # what is trained; empty takes the tuned scope
+    augmentation: str = "",  # a word of augment.KINDS; empty takes the tuned one
 ) -> Config:
     """Take the tuned configuration, or the default."""
     tuned = run.read("tune")
     config = Config(**tuned["config"]) if tuned else default
-    return replace(config, epochs=epochs or config.epochs, scope=scope or config.scope)
+    return replace(config, epochs=epochs or config.epochs, scope=scope or config.scope,
+                   augmentation=augmentation or config.augmentation)
 
 # %% ../nbs/04_train.ipynb #ed143a58
 def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.ndarray, np.ndarray],
@@ -142,6 +144,7 @@ def run_step(
     batch_size: int = 32,  # pictures per step; used without step 3
     epochs: int = 0,  # passes over the pictures; 0 takes the tuned number
     scope: str = "",  # what is trained: "head", "last" or "all"; empty takes the tuned scope
+    augmentation: str = "",  # a word of augment.KINDS; empty takes the tuned one
     seconds: float = 0.0,  # time limit of the training; 0 for none
     metric: str = "",  # what models are chosen by, a key of champion.METRICS; empty takes the task's
     max_milliseconds: float = 0.0,  # CPU time per picture that the model may take; 0 for no limit
@@ -155,7 +158,7 @@ def run_step(
     run = open_step(run_dir)
     default = standard_config(backbone, pretrained, task=run.read("data")["task"], transforms=transforms,
                               size=size, batch_size=batch_size, seed=seed)
-    config = choose_config(run, default, epochs, scope)
+    config = choose_config(run, default, epochs, scope, augmentation)
     track = Track(run, config.pretrained, config.transforms, metric, config.seed)
     terms = Terms(Limits(max_milliseconds, max_megabytes), target_accuracy, name)
     with tracked_step(run, "train", config.as_dict()) as record:
