@@ -151,10 +151,15 @@ def first_model(
     started = time.monotonic()
     classes = len(track.run.read("data")["classes"])
     model = create_model(config.backbone, classes, config.pretrained, config.seed)
-    head, logits, targets = probe(track, model, config.size, count)
-    entrant = Entrant(config.backbone, config.size, figures=track.score(logits, targets), pictures=count,
+    if is_small(track.run):
+        found = search_head(track, model, config.size, count=count, grid=(HeadConfig(banks=("plain",)),))
+        head, answers = found.head, found.answers
+    else:
+        head, logits, targets = probe(track, model, config.size, count)
+        answers = track.score(logits, targets), logits, targets
+    entrant = Entrant(config.backbone, config.size, figures=answers[0], pictures=count,
                       seconds=time.monotonic() - started)
-    offer_model(track, config, with_head(model, head), (entrant.figures, logits, targets), terms,
+    offer_model(track, config, with_head(model, head), answers, terms,
                 replace(entrant.candidate(), name=f"{entrant.name} first probe"))
     return entrant
 
