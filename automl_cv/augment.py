@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .compat import v2
-from .core import AutomlError
+from .core import look_up
 from .transforms import find_preset
 
 # %% ../nbs/01da_augment.ipynb #9cf1fcc1
@@ -156,9 +156,7 @@ def augment(
     random: np.random.Generator,  # of this batch
 ) -> Tensor:  # uint8 [B, S, S, 3]
     """Change a batch at random, except for mixing. Raises AutomlError unknown_parameter."""
-    if kind not in KINDS:
-        raise AutomlError("unknown_parameter", f"There is no augmentation {kind!r}.",
-                          f"Choose one of {', '.join(KINDS)}.")
+    look_up(dict.fromkeys(KINDS), kind, "augmentation")
     degrees, margin = find_preset(preset).degrees, (pictures.shape[1] - size) // 2
     if kind == "none":
         return pictures[:, margin:margin + size, margin:margin + size]

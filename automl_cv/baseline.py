@@ -19,7 +19,6 @@ from .core import Run, say
 from .data import open_step, read_split
 from .heads import HeadConfig, fit_head
 from .learner import Config, Training, fit
-from .models import create_model
 from .plan import Entrant
 from .probes import Terms, best_head, first_model
 from .race import Track, line_up, race
@@ -122,13 +121,12 @@ def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], 
     total = track.run.read("data")["splits"]["train"]
     count = max(300, int(0.5 * left * found[0].forward)) if seconds else 0  # features that the time allows
     head = best_head(track, config, terms, 0.3 * left, count if count < total else 0)
-    model = create_model(config.backbone, 2, config.pretrained)
-    suffix = "" if model.pretrained else "_untrained"
+    suffix = "" if head["pretrained"] else "_untrained"
     scores |= {f"linear_probe{suffix}": found[0].figures | {"train_images": found[0].pictures},
                f"best_head{suffix}": head["figures"]}
     found[0] = replace(found[0], figures=head["figures"], pictures=head["train_images"] or total)
     result = {"split": "validation", "entrants": [asdict(entrant) for entrant in found],
-              "pretrained": model.pretrained, "origin": model.origin, "history": []}
+              "pretrained": head["pretrained"], "origin": head["origin"], "history": []}
     if config.epochs:
         training = _fine_tune(track, config, record)
         asked = track.images("validation", config.size).targets

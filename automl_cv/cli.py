@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Latency', 'Megabytes', 'Int8', 'Space',
-           'Storage', 'Fix', 'Apply', 'Gate', 'Folder', 'closing_lines', 'run', 'resume', 'tune', 'check_facts',
-           'check_lines', 'check_folder', 'check', 'predict', 'serve', 'deploy', 'main']
+           'Storage', 'Workers', 'Fix', 'Apply', 'Gate', 'Folder', 'closing_lines', 'run', 'resume', 'tune',
+           'check_facts', 'check_lines', 'check_folder', 'check', 'predict', 'serve', 'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
 import json
@@ -61,6 +61,7 @@ Megabytes = Annotated[float, typer.Option(help="Limit on the model's size.", min
 Int8 = Annotated[bool, typer.Option("--int8", help="Add an int8 graph where it passes.")]
 Space = Annotated[str, typer.Option(help="Of the search: standard or original.")]
 Storage = Annotated[str, typer.Option(help="Optuna storage that several runs may share.")]
+Workers = Annotated[int, typer.Option(help="Processes that search side by side.", min=1)]
 Fix = Annotated[str, typer.Option(help="Kinds of findings to act on, separated by commas.")]
 Apply = Annotated[Path | None, typer.Option("--apply", help="A review.csv with your decisions.")]
 Gate = Annotated[float, typer.Option(
@@ -96,7 +97,7 @@ def run(
     metric: Annotated[str, typer.Option(help=f"What to choose by: {', '.join(METRICS)}.")] = "",
     max_latency_ms: Latency = 0.0, max_size_mb: Megabytes = 0.0,
     target_accuracy: Annotated[float, typer.Option(help="Of answers that are not abstained from.")] = 0.99,
-    int8: Int8 = False, space: Space = "standard", storage: Storage = "",
+    int8: Int8 = False, space: Space = "standard", storage: Storage = "", workers: Workers = 1,
     name: Annotated[str, typer.Option(help="Of the registered model.")] = "automl_cv",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     label: LabelColumn = "", group: GroupColumn = "", fix: Fix = Request.fix, review: Apply = None,
@@ -113,7 +114,8 @@ def run(
     request = Request(data, backbone, not scratch, transforms, size, seconds,
                       chosen.trials if trials < 0 else trials, max_epochs or chosen.max_epochs, epochs,
                       batch_size, min_accuracy, metric, max_latency_ms, max_size_mb, target_accuracy, int8,
-                      space, storage, name, seed, label, group, fix, str(review.resolve()) if review else "")
+                      space, storage, workers, name, seed, label, group, fix,
+                      str(review.resolve()) if review else "")
     _finish(open_run(out), request, run_notebook if notebooks else call_step, as_json)
 
 # %% ../nbs/07a_cli.ipynb #a702336b
@@ -140,7 +142,7 @@ def resume(
 @cli.command()
 def tune(
     folder: Folder,
-    workers: Annotated[int, typer.Option(help="Processes that search side by side.", min=1)] = 2,
+    workers: Workers = 2,
     trials: Annotated[int, typer.Option(help="Configurations wanted in all.", min=1)] = 16,
     max_epochs: Annotated[int, typer.Option(help="Epochs of the longest trial.", min=1)] = 3,
     time_: Annotated[str, typer.Option("--time", help="Budget of the search, like 30m, or none.")] = "none",

@@ -11,7 +11,6 @@ __all__ = ['SCHEMA', 'PACKAGES', 'UNCALIBRATED', 'MAX_LOSS', 'export_onnx', 'Col
 import io
 import math
 import shutil
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +25,9 @@ from jinja2 import Environment, PackageLoader
 from safetensors.torch import save
 from torch import nn
 
+from .champion import graph_seconds
 from .core import AutomlError, atomic_folder, hash_file, now, read_json, write_json
-from .outliers import Outliers, measure_spread, save_outliers
+from .outliers import Outliers, save_outliers
 from .pixels import Policy, pixels
 from .scenes import CLASSES, draw_scene
 from .tasks import TASKS
@@ -275,20 +275,10 @@ def speed_ratio(
     slow: Path,  # an ONNX graph
     fast: Path,  # another, of the same inputs
     image: np.ndarray,  # uint8 [1, S, S, 3]
-    rounds: int = 30,  # calls of each, in turn
+    seconds: float = 2.0,  # how long to measure
 ) -> float:  # CPU time of the first by that of the second
     """Compare two graphs' speed here, one picture at a time."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    sessions = [onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-                for path in (slow, fast)]
-    spent = np.zeros((rounds, 2))
-    for row in spent:
-        for place, session in enumerate(sessions):
-            started = time.process_time_ns()
-            session.run(None, {"images": image})
-            row[place] = time.process_time_ns() - started
-    return float(np.divide(*np.median(spent, axis=0)))
+    return float(np.divide(*graph_seconds([slow, fast], image, seconds)))
 
 # %% ../nbs/01h_export.ipynb #d5d235df
 def quantise_bundle(

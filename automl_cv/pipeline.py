@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'Execute', 'PRESETS', 'LONG', 'HURRY', 'step_parameters', 'check_parameters', 'call_step', 'find_notebook',
-           'run_notebook', 'Request', 'Preset', 'reserve', 'plan_baseline', 'plan_tune', 'plan_train', 'show_plan',
-           'replan', 'plan_step', 'cpu_seconds', 'machine', 'run_pipeline']
+           'run_notebook', 'Request', 'check_request', 'Preset', 'reserve', 'plan_baseline', 'plan_tune', 'plan_train',
+           'show_plan', 'replan', 'plan_step', 'cpu_seconds', 'machine', 'run_pipeline']
 
 # %% ../nbs/07_pipeline.ipynb #7bc268c8
 import difflib
@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import automl_cv
-from .core import AutomlError, Run, check_stop, now, say
+from .champion import METRICS
+from .core import AutomlError, Run, check_stop, look_up, now, say
 from .plan import Entrant, Plan, make_plan, plan_table
+from .transforms import find_preset
 
 # %% ../nbs/07_pipeline.ipynb #82166bb7
 STEPS = {"data": "01_data", "baseline": "02_baseline", "tune": "03_tune", "train": "04_train",
@@ -114,12 +116,28 @@ class Request:
     int8: bool = False  # add an int8 graph where it passes its gate
     space: str = "standard"  # of the search: "standard" or "original"
     storage: str = ""  # Optuna storage URL; empty is a SQLite file in the workspace
+    workers: int = 1  # processes that search side by side on this machine
     name: str = "automl_cv"  # of the registered model
     seed: int = 0
     label_column: str = ""  # of a table; empty finds it
     group_column: str = ""  # of a table, what must not be torn apart; empty finds it
     fix: str = "duplicates,conflicts"  # kinds of findings to act on, separated by commas
     review: str = ""  # a review.csv with decisions to apply
+
+# %% ../nbs/07_pipeline.ipynb #8aab93f0
+def check_request(
+    request: Request,  # what the user asked for
+) -> None:
+    """Refuse names that nothing here has. Raises AutomlError unknown_parameter, unknown_backbone."""
+    find_preset(request.transforms)
+    if request.metric:
+        look_up(METRICS, request.metric, "metric")
+    if request.space != Request.space:
+        from automl_cv.space import SPACES
+        look_up(SPACES, request.space, "search space")
+    if request.backbone != Request.backbone:
+        from automl_cv.zoo import find_backbone
+        find_backbone(request.backbone)
 
 # %% ../nbs/07_pipeline.ipynb #36a240ba
 @dataclass(frozen=True)
@@ -170,7 +188,8 @@ def plan_tune(
     """Choose the search's parameters: trials see as many of the training pictures as the time allows."""
     chosen = _common(request) | {"backbone": plan.backbone, "size": plan.size, "trials": plan.trials,
                                  "max_epochs": request.max_epochs, "space": request.space,
-                                 "storage": request.storage, "metric": request.metric}
+                                 "storage": request.storage, "workers": request.workers,
+                                 "metric": request.metric}
     if not request.seconds or not plan.trials:
         return chosen
     share = plan.search_seconds / plan.trials * speed / (request.max_epochs * pictures)
@@ -296,6 +315,7 @@ def run_pipeline(
     execute: Execute = call_step,  # `call_step` or `run_notebook`
 ) -> dict[str, Any]:  # the content of results.json
     """Run the six steps, skipping the finished ones. Raises AutomlError."""
+    check_request(request)
     run.write("request", asdict(request))
     for step in STEPS:
         check_stop()

@@ -124,9 +124,9 @@ def outlook(
     seconds: float,  # left; infinite without a limit
     pretrained: bool = True,
 ) -> float:  # 0 to 1
-    """Guess what accuracy an entrant can reach."""
+    """Guess what accuracy, or mAP, an entrant can reach."""
     scope, epochs = affordable(entrant, pictures, seconds, pretrained)
-    error = 1 - entrant.figures.get("accuracy", abs(worth(entrant.figures)))
+    error = 1 - next(entrant.figures[name] for name in ("accuracy", "map") if name in entrant.figures)
     return 1 - expected_error(error, min(epochs, ENOUGH[pretrained]), scope)
 
 # %% ../nbs/01gb_plan.ipynb #b07b3155

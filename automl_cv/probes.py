@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'Answers', 'is_small', 'folds_of', 'starts_training', 'Found', 'view_banks', 'search_head', 'pair_grid',
-           'alone', 'Terms', 'offer_model', 'first_model', 'save_head', 'find_head', 'load_head', 'best_head']
+           'Terms', 'offer_model', 'first_model', 'save_head', 'find_head', 'load_head', 'best_head']
 
 # %% ../nbs/01k_probes.ipynb #5be15c68
-import fcntl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,15 +44,9 @@ def is_small(
 def folds_of(
     run: Run,  # a run after step 1
     splits: tuple[str, ...],  # of "train" and "validation"
-    count: int = 5,  # folds, where the data step made none
 ) -> np.ndarray:  # int64 [N], the fold of each picture, in the order of `load_images`
     """Return the folds of pictures; a group of duplicates lies in one fold."""
-    rows = pd.concat([read_split(run, split) for split in splits], ignore_index=True)
-    if (rows.fold >= 0).all():
-        return rows.fold.to_numpy()
-    groups = rows.group.where(rows.group.notna(), rows.id)
-    order = np.random.default_rng(0).permutation(groups.nunique())
-    return order[pd.factorize(groups)[0]] % count
+    return np.concatenate([read_split(run, split).fold for split in splits])
 
 # %% ../nbs/01k_probes.ipynb #0e750e59
 def starts_training(
@@ -125,17 +116,6 @@ def pair_grid(
     factors = (0.1, 0.2, 0.4, 0.8)
     return tuple(replace(config, banks=VIEWS, penalty=factor * config.penalty) for factor in factors)
 
-# %% ../nbs/01k_probes.ipynb #0e1d3f42
-@contextmanager
-def alone(
-    run: Run,  # shared by several processes
-    name: str,  # of what must not be done twice at once
-) -> Iterator[None]:
-    """Keep other processes out of a block."""
-    with (run.path / f".{name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 # %% ../nbs/01k_probes.ipynb #47aea11f
 @dataclass(frozen=True)
 class Terms:
@@ -156,10 +136,9 @@ def offer_model(
     """Offer a network as the run's bundle."""
     shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name,
                         track.images("train", config.size, KNOWN))
-    with alone(track.run, "leaderboard"):
-        def write(folder: Path) -> dict[str, Any]:
-            return write_bundle(track.run, model.cpu(), config, folder, shipment)
-        return offer(track.run, replace(candidate, figures=answers[0]), write, terms.limits)
+    def write(folder: Path) -> dict[str, Any]:
+        return write_bundle(track.run, model.cpu(), config, folder, shipment)
+    return offer(track.run, replace(candidate, figures=answers[0]), write, terms.limits)
 
 # %% ../nbs/01k_probes.ipynb #0ea9a07e
 def first_model(
@@ -172,10 +151,15 @@ def first_model(
     started = time.monotonic()
     classes = len(track.run.read("data")["classes"])
     model = create_model(config.backbone, classes, config.pretrained, config.seed)
-    head, logits, targets = probe(track, model, config.size, count)
-    entrant = Entrant(config.backbone, config.size, figures=track.score(logits, targets), pictures=count,
+    if is_small(track.run):
+        found = search_head(track, model, config.size, count=count, grid=(HeadConfig(banks=("plain",)),))
+        head, answers = found.head, found.answers
+    else:
+        head, logits, targets = probe(track, model, config.size, count)
+        answers = track.score(logits, targets), logits, targets
+    entrant = Entrant(config.backbone, config.size, figures=answers[0], pictures=count,
                       seconds=time.monotonic() - started)
-    offer_model(track, config, with_head(model, head), (entrant.figures, logits, targets), terms,
+    offer_model(track, config, with_head(model, head), answers, terms,
                 replace(entrant.candidate(), name=f"{entrant.name} first probe"))
     return entrant
 
@@ -257,4 +241,4 @@ def best_head(
         f"{found.config.kind}{' of two views' if found.config.banks == VIEWS else ''}")
     return {"figures": figures, "backbone": config.backbone, "size": config.size,
             "config": asdict(start.start_config), "best": asdict(found.config), "tried": len(table),
-            "train_images": count}
+            "train_images": count, "pretrained": model.pretrained, "origin": model.origin}

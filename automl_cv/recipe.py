@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import AutomlError, hash_bytes
+from .core import hash_bytes, look_up
 from .models import Classifier, stages
 from .tasks import TASKS
 
@@ -82,8 +82,7 @@ def trained_parameters(
     scope: str,  # "head", "last" or "all"
 ) -> list[nn.Parameter]:
     """Return what a scope trains. Raises AutomlError unknown_parameter."""
-    if scope not in ("head", "last", "all"):
-        raise AutomlError("unknown_parameter", f"There is no scope {scope!r}.", "Choose head, last or all.")
+    look_up(dict.fromkeys(("head", "last", "all")), scope, "scope")
     if scope == "all":
         return list(model.parameters())
     chosen, groups = [], stages(model) if scope == "last" else []
@@ -148,14 +147,11 @@ def balance_classes(
     task: str = "classification",  # a key of tasks.TASKS
 ) -> Balance:
     """Count the classes and weigh them. Raises AutomlError unknown_parameter."""
-    if kind not in ("none", "weights", "sampling", "logits"):
-        raise AutomlError("unknown_parameter", f"There is no balance {kind!r}.",
-                          "Choose none, weights, sampling or logits.")
     truth, exclusive = TASKS[task].mark(targets, classes), TASKS[task].exclusive
     share = np.maximum(truth.sum(axis=0), 1) / len(truth)
     rarity = np.minimum(1 / (classes * share) if exclusive else (1 - share) / share, 20)
     shift = np.log(share) if exclusive else np.log(share) - np.log(np.maximum(1 - share, 1 / len(truth)))
-    made = {"none": lambda: Balance(), "logits": lambda: Balance(shift=torch.tensor(shift).float()),
-            "weights": lambda: Balance(weights=torch.tensor(rarity).float()),
-            "sampling": lambda: Balance(shares=_picture_shares(truth, rarity))}
-    return made[kind]()
+    made = {"none": lambda: Balance(), "weights": lambda: Balance(weights=torch.tensor(rarity).float()),
+            "sampling": lambda: Balance(shares=_picture_shares(truth, rarity)),
+            "logits": lambda: Balance(shift=torch.tensor(shift).float())}
+    return look_up(made, kind, "balance")()

@@ -14,7 +14,7 @@ import numpy as np
 from optuna.trial import Trial
 
 from .baseline import original_config, standard_config
-from .core import AutomlError
+from .core import look_up
 from .learner import Config
 from .tasks import TASKS
 
@@ -75,12 +75,10 @@ def make_base(
     **chosen: Any,  # fields of Config
 ) -> Config:
     """Return the configuration that a search varies. Raises AutomlError unknown_parameter."""
-    if space not in SPACES:
-        raise AutomlError("unknown_parameter", f"There is no search space {space!r}.",
-                          f"Choose {' or '.join(SPACES)}.")
+    make, _ = look_up(SPACES, space, "search space")
     if space == "original":
         chosen.pop("transforms", None)  # they belong to the original's training
-    return SPACES[space][0](**chosen)
+    return make(**chosen)
 
 # %% ../nbs/02c_space.ipynb #ae3bfc63
 def suggest_config(

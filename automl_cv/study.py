@@ -27,7 +27,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .core import AutomlError, Run, atomic_path, check_stop, home, write_json
-from .trials import FINISHED, Halving, continue_trial, finished_trials, live_trials
+from .trials import FINISHED, Halving, continue_trial, live_trials
 
 # %% ../nbs/02b_study.ipynb #9bbb14c8
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats and plots, since Optuna 2

@@ -19,12 +19,12 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from .cache import Images
-from .champion import Candidate, Limits, judged_by, worth, write_row
+from .champion import Candidate, Limits, alone, judged_by, worth, write_row
 from .core import AutomlError, Run, say
 from .data import open_step
 from .ingredients import keep_weights, offer_soup
 from .learner import Config, Training, fit
-from .probes import Terms, alone, is_small, load_head, offer_model
+from .probes import Terms, is_small, load_head, offer_model
 from .race import Track
 from .scores import JUDGES
 from .space import is_imbalanced, known_params, make_base, suggest_config
@@ -217,8 +217,7 @@ def prepare_search(
                               epochs=float(len(training.history)), seconds=training.elapsed)
         if is_small(run):  # a few validation pictures are no match for what folds say
             why = f"judged on {len(validation)} pictures, others by folds; training takes its settings"
-            with alone(run, "leaderboard"):
-                write_row(run, replace(candidate, reason=why))
+            write_row(run, replace(candidate, reason=why))
         else:
             answers = figures, training.logits, validation.targets
             offer_model(track, training.config, training.averaged, answers, terms, candidate)

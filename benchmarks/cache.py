@@ -1,11 +1,12 @@
 """The decode-once cache against plain torchvision: filling it, and reading an epoch back.
 
-The reference is what a torchvision user writes: ImageFolder, Resize, and a DataLoader with batches of 64, by two
-workers or in a plain loop: both are tried once, and the faster one is kept. `plain` ends in ToTensor, as every
-tutorial does. `plain_bytes` leaves the pictures as bytes, which is the least that such a pass can do. `v2_bytes`
-resizes tensors, with vector instructions that Pillow lacks. All sides use the same files, the same side and the same
-two cores, take turns, and find the files in memory. `first_epoch` is what a new process pays: opening, checksums,
-reading. Where other programs share the cores, CPU seconds tell more than wall seconds.
+The reference is what a torchvision user writes: ImageFolder, Resize, and a DataLoader with batches of 64, by
+two workers or in a plain loop: both are tried once, and the faster one is kept. `plain` ends in ToTensor, as
+every tutorial does. `plain_bytes` leaves the pictures as bytes, which is the least that such a pass can do.
+`v2_bytes` resizes tensors, with vector instructions that Pillow lacks. All sides use the same files, the same
+side and the same two cores, take turns, and find the files in memory. `first_epoch` is what a new process
+pays: opening, checksums, reading. Where other programs share the cores, CPU seconds tell more than wall
+seconds.
 
 Usage: python benchmarks/cache.py FOLDER [REPEATS]     FOLDER has class folders; larger photographs are drawn
 """
@@ -58,7 +59,8 @@ def draw_photographs(folder: Path, count: int) -> Path:
     random = np.random.default_rng(0)
     for number in range(count):
         label = CLASSES[number % len(CLASSES)]
-        scene = np.asarray(draw_scene(label, number, 270).resize((1920, 1080), Image.Resampling.BICUBIC), np.float32)
+        drawn = draw_scene(label, number, 270).resize((1920, 1080), Image.Resampling.BICUBIC)
+        scene = np.asarray(drawn, np.float32)
         noisy = np.clip(scene + random.normal(0, 5, scene.shape), 0, 255).astype(np.uint8)
         path = folder / label / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,8 @@ def compare(folder: Path, repeats: int) -> dict[str, object]:
     tried = {workers: timed(lambda: plain_pass(folder, PLAIN["plain_bytes"], workers)) for workers in (0, 2)}
     workers = min(tried, key=lambda workers: tried[workers]["wall"])
     runs = [measure_once(folder, rows, workers) for _ in range(repeats)]
-    report: dict[str, object] = {"pictures": len(rows), "side": POLICY.store, "policy_version": POLICY.version,
+    report: dict[str, object] = {"pictures": len(rows), "side": POLICY.store,
+                                 "policy_version": POLICY.version,
                                  "reference": "ImageFolder, Resize, PILToTensor (plain_bytes)",
                                  "reference_workers": workers, "reference_workers_tried": tried}
     for name in runs[0]:

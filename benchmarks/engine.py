@@ -24,7 +24,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import time
 from collections.abc import Callable

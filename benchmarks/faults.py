@@ -3,11 +3,11 @@
     python benchmarks/faults.py twins FOLDER [--sheet PAIRS.png]
     python benchmarks/faults.py mislabels FOLDER [--size 192] [--seeds 1]
 
-`twins` plants copies of 500 pictures of FOLDER (class folders, or split folders with class folders) in a temporary
-folder, each in four ways: JPEG quality 40, a crop of 80 % of each side at a random place, mirrored, resized by
-0.5 to 2. Pairs of pictures that nobody planted are counted apart and drawn into a contact sheet: a person must say
-whether they are the same picture. `mislabels` gives 5 % of the pictures the label of another class. FOLDER is only
-read. Prints JSON.
+`twins` plants copies of 500 pictures of FOLDER (class folders, or split folders with class folders) in a
+temporary folder, each in four ways: JPEG quality 40, a crop of 80 % of each side at a random place, mirrored,
+resized by 0.5 to 2. Pairs of pictures that nobody planted are counted apart and drawn into a contact sheet: a
+person must say whether they are the same picture. `mislabels` gives 5 % of the pictures the label of another
+class. FOLDER is only read. Prints JSON.
 """
 
 import argparse
@@ -100,12 +100,14 @@ def measure_twins(url: str, sheet: str) -> dict:
     one_scene = {name: i for i, names in enumerate(group_pairs(natural)) for name in names}
     scene = {name: one_scene.get(original, original) for name, original in family.items()}
     group = {name: i for i, names in enumerate(group_pairs(pairs)) for name in names}
-    found = {copy: copy in group and group[copy] == group.get(original) for copy, (original, _) in planted.items()}
+    found = {copy: copy in group and group[copy] == group.get(original)
+             for copy, (original, _) in planted.items()}
     others = [pair for pair in pairs if pair not in natural]
     wrong = [pair for pair in others if scene[pair.first] != scene[pair.second]]
     right = sum(family[pair.first] == family[pair.second] for pair in others)
     return {"pictures": len(manifest), "planted": len(planted), "seconds": round(seconds, 1),
-            "recall": {kind: sum(found[c] for c, (_, k) in planted.items() if k == kind) / BASES for kind in CHANGES},
+            "recall": {kind: sum(found[c] for c, (_, k) in planted.items() if k == kind) / BASES
+                       for kind in CHANGES},
             "precision": round(1 - len(wrong) / len(others), 4), "pairs": len(pairs),
             "pairs_not_planted": len(natural),
             "precision_if_all_of_those_were_wrong": round(right / len(pairs), 4)}
@@ -134,7 +136,8 @@ def measure_mislabels(url: str, size: int, backbone: str, seeds: int) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=["twins", "mislabels"])
     parser.add_argument("folder")
     parser.add_argument("--sheet", default="")

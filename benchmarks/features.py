@@ -1,9 +1,9 @@
-"""The feature bank against raw loops over arrays in memory: onnxruntime, and torch in bfloat16 and channels_last.
+"""The feature bank against raw loops over arrays in memory, of onnxruntime and of torch in bfloat16.
 
-The raw loops have their network ready and their pictures in one array; they keep the features in memory. The bank pays
-for everything: hashing the weights, reading pictures from the decode-once cache, writing blocks, reading them back.
-`setup` is the export, paid once however many pictures there are; `found` is what it costs to ask again. All take turns,
-on the same pictures and the same threads.
+The raw loops have their network ready and their pictures in one array; they keep the features in memory. The
+bank pays for everything: hashing the weights, reading pictures from the decode-once cache, writing blocks,
+reading them back. `setup` is the export, paid once however many pictures there are; `found` is what it costs
+to ask again. All take turns, on the same pictures and the same threads.
 
 Usage: python benchmarks/features.py FOLDER [BACKBONE] [SIZE] [COUNT] [REPEATS]     FOLDER has class folders
 """
@@ -50,8 +50,8 @@ def middle(values: list[float]) -> dict[str, float]:
             "most": round(max(values), 4)}
 
 
-def main(folder: str, backbone: str = "mobilenet_v2", size: str = "160", count: str = "1000", repeats: str = "3",
-         ) -> None:
+def main(folder: str, backbone: str = "mobilenet_v2", size: str = "160", count: str = "1000",
+         repeats: str = "3") -> None:
     """Measure and print JSON."""
     os.environ["AUTOML_CV_HOME"] = tempfile.mkdtemp()
     side, model = int(size), create_model(backbone, 6)
@@ -65,9 +65,11 @@ def main(folder: str, backbone: str = "mobilenet_v2", size: str = "160", count: 
     bank = bank_folder(model, side, "plain", bfloat16)
     raw = {"onnxruntime": make_extractor(model, side, "onnxruntime"),
            "torch": make_extractor(model, side, "torch", has_bfloat16(torch.device("cpu")))}
-    work = {f"raw_{name}": lambda extract=extract: loop(extract, pictures, batch) for name, extract in raw.items()}
+    work = {f"raw_{name}": lambda extract=extract: loop(extract, pictures, batch)
+            for name, extract in raw.items()}
     work |= {"setup": lambda: (engines._last.clear(), make_extractor(model, side, engine, bfloat16)),
-             "bank": lambda: feature_bank(model, images, side), "found": lambda: feature_bank(model, images, side)}
+             "bank": lambda: feature_bank(model, images, side),
+             "found": lambda: feature_bank(model, images, side)}
     loop(raw["onnxruntime"], pictures[:batch], batch), loop(raw["torch"], pictures[:batch], batch)
     seconds = {name: [] for name in work}
     for _ in range(int(repeats)):
@@ -76,7 +78,8 @@ def main(folder: str, backbone: str = "mobilenet_v2", size: str = "160", count: 
             seconds[name].append(timed(call))
     wall, cpu = ({name: [pair[i] for pair in pairs] for name, pairs in seconds.items()} for i in (0, 1))
     own = f"raw_{engine}"
-    share = {kind: {"with_setup": middle([a / (b + c) for a, b, c in zip(took[own], took["bank"], took["setup"])]),
+    share = {kind: {"with_setup": middle([a / (b + c) for a, b, c
+                                          in zip(took[own], took["bank"], took["setup"])]),
                     "without_setup": middle([a / b for a, b in zip(took[own], took["bank"])])}
              for kind, took in (("wall", wall), ("cpu", cpu))}
     print(json.dumps({"backbone": backbone, "size": side, "pictures": len(images), "batch": batch,

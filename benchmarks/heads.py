@@ -1,13 +1,14 @@
-"""The head search against scikit-learn's cross_val_score with two jobs, on the same features, folds and objective.
+"""The head search against scikit-learn's cross_val_score with two jobs, on the same features and folds.
 
-The grid: 167 penalties x three normalisations x two class weightings = 1,002 configurations, five folds each. Ours runs
-all of it. scikit-learn runs a stated sample of it, drawn evenly from the grid, and its time is multiplied up to the
-whole grid: `reference_extrapolated` is that estimate, not a measurement. The sides take turns. For speed scikit-learn
-keeps its default tolerance, which stops early; for the agreement of the log-loss it is run to a tight one.
+The grid: 167 penalties x three normalisations x two class weightings = 1,002 configurations, five folds each.
+Ours runs all of it. scikit-learn runs a stated sample of it, drawn evenly from the grid, and its time is
+multiplied up to the whole grid: `reference_extrapolated` is that estimate, not a measurement. The sides take
+turns. For speed scikit-learn keeps its default tolerance, which stops early; for the agreement of the
+log-loss it is run to a tight one.
 
-Usage: python benchmarks/heads.py [FEATURES.npz] [REPEATS] [SAMPLE] [PENALTIES]
-FEATURES.npz holds `features` float16 [N, D] and `targets` int64 [N]; without it, or for `-`, features of the same shape
-as MobileNetV2's on 8,741 pictures are drawn.
+Usage: python benchmarks/heads.py [FEATURES.npz] [REPEATS] [SAMPLE] [PENALTIES] FEATURES.npz holds `features`
+float16 [N, D] and `targets` int64 [N]; without it, or for `-`, features of the same shape as MobileNetV2's on
+8,741 pictures are drawn.
 """
 
 import json
@@ -47,7 +48,8 @@ def draw_features() -> tuple[np.ndarray, np.ndarray]:
     """Draw correlated, skewed features of six overlapping classes, as a pooled ReLU leaves them."""
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 6, 8741)
-    hidden = rng.normal(size=(8741, 200)) * np.geomspace(2, 0.2, 200) + 0.5 * rng.normal(size=(6, 200))[targets]
+    hidden = rng.normal(size=(8741, 200)) * np.geomspace(2, 0.2, 200)
+    hidden += 0.5 * rng.normal(size=(6, 200))[targets]
     mixed = hidden @ rng.normal(size=(200, 1280)) / 14 + 0.3 * rng.normal(size=(8741, 1280))
     return np.maximum(mixed, 0).astype(np.float16), targets
 
@@ -89,9 +91,9 @@ def main(path: str = "-", repeats: int = 3, sample: int = 6, penalties: int = 16
     grid = [config for config in head_grid(penalties=penalties, others=False) if config.balance != "logits"]
     picked = np.linspace(0, len(grid) - 1, sample).round().astype(int)
     some = [grid[number] for number in picked]
-    ours, theirs = [], []
+    ours, theirs, classes = [], [], int(targets.max()) + 1
     for _ in range(repeats):
-        seconds, (table, _) = timed(lambda: search_heads(features, targets, int(targets.max()) + 1, folds, grid))
+        seconds, (table, _) = timed(lambda: search_heads(features, targets, classes, folds, grid))
         ours.append(seconds)
         theirs.append(timed(lambda: cross_validate(some, features, targets, folds))[0])
     exact = cross_validate(some, features, targets, folds, tight=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/neighbours.py [REPEATS]
 
-Trains MobileNetV2 at 160 pixels for a few steps in processes of their own, with and without the settings, alone and
-beside one busy process, alternating. Prints JSON: pictures per second and CPU milliseconds per picture, medians and
-spread. Run it on an otherwise idle machine.
+Trains MobileNetV2 at 160 pixels for a few steps in processes of their own, with and without the settings,
+alone and beside one busy process, alternating. Prints JSON: pictures per second and CPU milliseconds per
+picture, medians and spread. Run it on an otherwise idle machine.
 """
 
 import json
@@ -38,8 +38,8 @@ def measure(contender: str, busy: bool) -> tuple[float, float]:
     env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE" if contender == "engine" else ""}
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
-        done = subprocess.run([sys.executable, "-c", CHILD, contender], env=env, text=True, capture_output=True,
-                              check=True)
+        done = subprocess.run([sys.executable, "-c", CHILD, contender], env=env, text=True,
+                              capture_output=True, check=True)
     finally:
         if neighbour:
             neighbour.kill()

@@ -136,6 +136,22 @@ def test_budget_ends_a_training_of_ten_thousand_epochs(tmp_path):
     assert json.loads((tmp_path / "runs/r/results.json").read_text())["time"]["budget"] == 45
 
 
+def test_run_searches_with_two_processes(tmp_path):
+    status, out, err = call(tmp_path, "run", "demo:10", "--out", tmp_path / "runs/r", *TINY, "--workers", 2)
+    assert status == 0, err
+    run = Run(tmp_path / "runs/r")
+    assert run.read("steps")["tune"]["params"]["workers"] == 2 and "a worker ended" not in out
+    study = optuna.load_study(study_name=run.read("study")["name"], storage=f"sqlite:///{tmp_path}/optuna.db")
+    assert sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials) == 3
+    assert sum(run.read("tune")["trials"].values()) == 3
+
+
+def test_run_refuses_a_space_before_any_work(tmp_path):
+    status, out, err = call(tmp_path, "run", "demo:10", "--out", tmp_path / "runs/r", *TINY, "--space", "wild")
+    assert (status, "[unknown_parameter]" in err, "data" in out) == (2, True, False)
+    assert not list((tmp_path / "runs/r").iterdir())
+
+
 def test_run_folder_is_not_overwritten(tmp_path):
     (tmp_path / "request.json").write_text("{}")
     status, _, err = call(tmp_path, "run", "demo:5", "--out", tmp_path)
