@@ -159,7 +159,7 @@ async def many_files(
     pool: Pool,  # counts the bytes for as long as the block lasts
     limit: int = MAX_BATCH,  # of all files of all batches together, bytes
 ) -> AsyncIterator[list[tuple[str, memoryview]]]:  # names and contents
-    """Give the files of a batch. Raises AutomlError file_too_large, missing_file, too_many_files, and Busy."""
+    """Give a batch's files. Raises AutomlError file_too_large, missing_file, too_many_files, and Busy."""
     _make_room(pool, await _announced(request, limit), limit)
     async with _spool(request, pool, limit) as body:
         files = await to_thread.run_sync(_views, body, request.headers.get("content-type", ""))
