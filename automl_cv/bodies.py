@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from .core import AutomlError
 from .pixels import UPLOAD
-from .pool import Pool
+from .pool import Busy, Pool
 
 # %% ../nbs/05ca_bodies.ipynb #fff34170
 UPLOAD_SECONDS, DRAIN_SECONDS = 20.0, 5.0  # for a whole body to arrive; how long a refused one is still read
@@ -125,12 +125,22 @@ def find_picture(
 MAX_BATCH, MAX_FILES = 100 * 10**6, 5000  # bytes; files in one form
 
 # %% ../nbs/05ca_bodies.ipynb #cfbee1ba
-async def _spool(request: Request, limit: int) -> bytes | mmap:
+def _make_room(pool: Pool, size: int, limit: int) -> None:
+    if pool.spooled + size > limit + FORM_BYTES:
+        raise Busy(pool.delay())
+
+# %% ../nbs/05ca_bodies.ipynb #e526464f
+@asynccontextmanager
+async def _spool(request: Request, pool: Pool, limit: int) -> AsyncIterator[bytes | mmap]:
     with tempfile.TemporaryFile() as file:
-        async for chunk in _chunks(request, limit):
-            file.write(chunk)
-        file.flush()
-        return mmap(file.fileno(), 0, access=ACCESS_READ) if file.tell() else b""
+        try:
+            async for chunk in _chunks(request, limit):
+                _make_room(pool, len(chunk), limit)
+                pool.spooled += file.write(chunk)
+            file.flush()
+            yield mmap(file.fileno(), 0, access=ACCESS_READ) if file.tell() else b""
+        finally:
+            pool.spooled -= file.tell()
 
 # %% ../nbs/05ca_bodies.ipynb #6a4076a9
 def _views(body: bytes | mmap, content_type: str) -> list[tuple[str, memoryview]]:
@@ -143,15 +153,17 @@ def _views(body: bytes | mmap, content_type: str) -> list[tuple[str, memoryview]
     return [(name or "upload", view[start:end]) for _, name, start, end in files]
 
 # %% ../nbs/05ca_bodies.ipynb #b45ef378
+@asynccontextmanager
 async def many_files(
     request: Request,  # a form with any number of files, or a body that is one file
-    limit: int = MAX_BATCH,  # of all files together, bytes
-) -> list[tuple[str, memoryview]]:  # names and contents
-    """Read the files of a batch. Raises AutomlError file_too_large, missing_file, too_many_files."""
-    await _announced(request, limit)
-    body = await _spool(request, limit)
-    files = await to_thread.run_sync(_views, body, request.headers.get("content-type", ""))
-    if not files:
-        raise AutomlError("missing_file", "The request has no files.",
-                          "With curl: -F files=@a.jpg -F files=@b.jpg, or -F files=@pictures.zip")
-    return files
+    pool: Pool,  # counts the bytes for as long as the block lasts
+    limit: int = MAX_BATCH,  # of all files of all batches together, bytes
+) -> AsyncIterator[list[tuple[str, memoryview]]]:  # names and contents
+    """Give a batch's files. Raises AutomlError file_too_large, missing_file, too_many_files, and Busy."""
+    _make_room(pool, await _announced(request, limit), limit)
+    async with _spool(request, pool, limit) as body:
+        files = await to_thread.run_sync(_views, body, request.headers.get("content-type", ""))
+        if not files:
+            raise AutomlError("missing_file", "The request has no files.",
+                              "With curl: -F files=@a.jpg -F files=@b.jpg, or -F files=@pictures.zip")
+        yield files

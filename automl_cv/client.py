@@ -92,17 +92,23 @@ def wait_ready(
     url: str,  # the service's address
     seconds: float,  # the longest wait
     alive: Callable[[], bool] = lambda: True,  # tells whether the service's process still runs
+    headers: Mapping[str, str] | None = None,  # like {"Authorization": "Bearer ..."}
+    patient: bool = False,  # ask again, each second, where an answer says no
 ) -> None:
     """Return as soon as a service is ready. Raises AutomlError not_ready."""
-    end = time.monotonic() + seconds
+    request = urllib.request.Request(f"{url}/health/ready", headers=dict(headers or {}))
+    end, said = time.monotonic() + seconds, "nothing"
     while alive() and time.monotonic() < end:
         try:
-            return OPENER.open(f"{url}/health/ready", timeout=5).close()
-        except urllib.error.HTTPError:
-            break
-        except OSError:
-            time.sleep(0.05)
-    raise AutomlError("not_ready", f"The service at {url} did not become ready.")
+            return OPENER.open(request, timeout=10).close()
+        except urllib.error.HTTPError as error:
+            said = f"status {error.code}"
+            if not patient:
+                break
+        except OSError as error:
+            said = type(error).__name__
+        time.sleep(1.0 if patient else 0.05)
+    raise AutomlError("not_ready", f"The service at {url} did not become ready; it said {said}.")
 
 # %% ../nbs/05b_client.ipynb #e84a76e5
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'KEPT_BACK', 'HEALTH_SECONDS', 'Target', 'Release', 'name_release', 'list_commands', 'traffic_lines',
-           'fill_folder', 'find_serving', 'is_public', 'await_health', 'deploy']
+           'fill_folder', 'find_serving', 'is_public', 'deploy']
 
 # %% ../nbs/06a_deploy.ipynb #1abbf192
 import json
@@ -12,16 +12,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from .client import OPENER
+from .client import wait_ready
 from .core import AutomlError, atomic_folder, hash_file, home, say
 from .predict import read_bundle
 
@@ -31,7 +28,7 @@ class Target:
     """A place on Cloud Run."""
     project: str  # Google Cloud project
     region: str  # like europe-west1
-    service: str = "automl-cv"  # lower-case letters, digits and dashes
+    service: str = "automl-cv"  # lower-case letters, digits and dashes; at most 49
     repository: str = "automl-cv"  # of Artifact Registry, for the image
     public: bool = False  # whether everybody may call it
     gpu: bool = False  # give it an NVIDIA L4
@@ -63,9 +60,10 @@ def name_release(
     commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     stamp = datetime.now(timezone.utc).strftime("%y%m%d-%H%M%S")
     place = f"{target.region}-docker.pkg.dev/{target.project}/{target.repository}"
+    mark = f"-{digest[:8]}" if len(target.service) <= 40 else ""
     return Release(home() / "deploy" / target.service,
                    f"{place}/{target.service}:{commit[:8] or 'local'}-{digest[:8]}",
-                   f"{target.service[:40]}-{digest[:8]}-{stamp}",
+                   f"{target.service}{mark}-{stamp}",
                    commit, re.sub(r"[^\w.-]", "-", name), digest)
 
 # %% ../nbs/06a_deploy.ipynb #d23a3ca6
@@ -163,29 +161,6 @@ def is_public(
     members = {member for binding in policy.get("bindings", []) for member in binding.get("members", [])}
     return bool(members & {"allUsers", "allAuthenticatedUsers"})
 
-# %% ../nbs/06a_deploy.ipynb #6eeec9e8
-HEALTH_SECONDS = 120.0  # the longest wait for a candidate
-
-# %% ../nbs/06a_deploy.ipynb #0345075b
-def await_health(
-    url: str,  # the candidate's address
-    token: str,  # identity token
-    seconds: float = HEALTH_SECONDS,  # the longest wait
-) -> None:
-    """Return as soon as a revision says that it is ready. Raises AutomlError not_ready."""
-    request = urllib.request.Request(f"{url}/health/ready", headers={"Authorization": f"Bearer {token}"})
-    end, said = time.monotonic() + seconds, "nothing"
-    while time.monotonic() < end:
-        try:
-            return OPENER.open(request, timeout=10).close()
-        except urllib.error.HTTPError as error:
-            said = f"status {error.code}"
-        except OSError as error:
-            said = type(error).__name__
-        time.sleep(min(1.0, seconds / 10))
-    raise AutomlError("not_ready", f"The new revision gets no requests; its health check said {said}.",
-                      "The old one serves as before. See the revision's log.")
-
 # %% ../nbs/06a_deploy.ipynb #9431a7ca
 def deploy(
     bundle: Path,  # a bundle
@@ -212,9 +187,17 @@ def deploy(
         _run(commands[name]) if name in commands else None
     say(f"{release.revision} serves.")
 
-# %% ../nbs/06a_deploy.ipynb #8c7eb3fe
+# %% ../nbs/06a_deploy.ipynb #6eeec9e8
+HEALTH_SECONDS = 120.0  # the longest wait for a candidate
+
+# %% ../nbs/06a_deploy.ipynb #0345075b
 def _check_candidate(commands: dict[str, list[str]]) -> None:
     status = json.loads(_run(commands["describe"], read=True))["status"]
     url = next((part["url"] for part in status["traffic"] if part.get("tag") == "candidate"), status["url"])
     words = [status["url"] if word == "URL" else word for word in commands["token"]]
-    await_health(url, _run(words, read=True).strip())
+    token = _run(words, read=True).strip()
+    try:
+        wait_ready(url, HEALTH_SECONDS, headers={"Authorization": f"Bearer {token}"}, patient=True)
+    except AutomlError as error:
+        raise AutomlError("not_ready", f"The new revision gets no requests. {error}",
+                          "The old one serves as before. See the revision's log.") from None

@@ -64,6 +64,7 @@ class Queue:
         self.workers, self.patience = workers, patience
         self.depth = 0  # jobs that wait or run
         self.held = 0  # bytes of request bodies in memory; only the event loop's thread changes it
+        self.spooled = 0  # bytes of batches in files; likewise
         self.cost = 0.01  # seconds a job took lately
         self._lock = threading.Lock()
 

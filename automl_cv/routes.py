@@ -10,13 +10,14 @@ __all__ = ['programs', 'REFUSALS', 'TopK', 'All', 'Format', 'ROW', 'LINES', 'TAB
 
 # %% ../nbs/05de_routes.ipynb #c2f7f650
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import Receive, Scope, Send
 
 from . import __version__
 from .bodies import MAX_BATCH, many_files, one_body
@@ -89,6 +90,14 @@ async def _rows(request: Request, predictor: Predictor, uploads: list[Upload], t
             yield csv_row(name, found, classes) if kind == "csv" else json_row(name, found, more)
 
 # %% ../nbs/05de_routes.ipynb #6d4fb960
+class _Rows(StreamingResponse):
+    behind: AsyncExitStack  # what is closed after the last row
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.behind:
+            await super().__call__(scope, receive, send)
+
+# %% ../nbs/05de_routes.ipynb #2b00d5f7
 @programs.post("/predict/batch", openapi_extra=UPLOADS, responses=ROWS | failures(
     "missing_file", "file_too_large", "bad_archive", "empty_archive", "too_many_files", "archive_too_large",
     "password_protected", "overlapping_entries", "wrong_parameter_type", "not_ready", "busy"),
@@ -102,12 +111,16 @@ async def predict_batch(
     """Name the classes of many pictures."""
     predictor, state = loaded(request.app), request.app.state
     state.pool.check()
-    uploads = await to_thread.run_sync(list_uploads, await many_files(request))
-    state.metrics.batch.observe(len(uploads))
-    request.state.record["pictures"] = len(uploads)
-    kind = "text/csv" if format == "csv" else "application/x-ndjson"
-    return StreamingResponse(_rows(request, predictor, uploads, top_k, probabilities, format),
-                             media_type=kind, headers={"X-Model-Version": predictor.version})
+    async with AsyncExitStack() as stack:
+        files = await stack.enter_async_context(many_files(request, state.pool))
+        uploads = await to_thread.run_sync(list_uploads, files)
+        state.metrics.batch.observe(len(uploads))
+        request.state.record["pictures"] = len(uploads)
+        kind = "text/csv" if format == "csv" else "application/x-ndjson"
+        rows = _Rows(_rows(request, predictor, uploads, top_k, probabilities, format),
+                     media_type=kind, headers={"X-Model-Version": predictor.version})
+        rows.behind = stack.pop_all()
+    return rows
 
 # %% ../nbs/05de_routes.ipynb #6596e7b2
 def _named(app: FastAPI, name: str) -> Predictor:

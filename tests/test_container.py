@@ -3,14 +3,19 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import httpx
 import pytest
+import yaml
 from PIL import Image
 
 from automl_cv.client import wait_ready
@@ -124,15 +129,37 @@ def test_nothing_is_compiled_at_the_start(held):
 
 
 @contextmanager
-def read_only(root, words, **env):
-    """Run a program of the image as its user, below a root on which nobody can write but for its volume."""
+def bounded(memory):
+    """Make a group of processes that the kernel kills above so many bytes; gives its folder, None where it may not."""
+    for base, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(base) / f"automl_cv_test_{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:  # this version of cgroups is not here, or not ours
+            continue
+        try:
+            if (group / limit).exists():
+                (group / limit).write_text(str(memory))
+                yield group
+                return
+        finally:
+            group.rmdir()
+    yield None
+
+
+@contextmanager
+def read_only(root, words, out=subprocess.PIPE, join=None, **env):
+    """Run a program of the image as its user, below a root on which nobody can write but for its volume.
+
+    What `join` does is done by the process before it begins.
+    """
     script = ('mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && mount -t proc proc "$0/proc" && '
               'mount -t tmpfs tmpfs "$0/tmp" && '
               'exec chroot --userspec=10001:10001 --groups= "$0" "$@"')
     command = ["unshare", "--mount", "bash", "-c", script, str(root), *words]
     known = {"PATH": "/opt/automl_cv/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin", "AUTOML_CV_MODEL": "/model",
              "PYTHONPYCACHEPREFIX": "/opt/automl_cv/bytecode", "PYTHONDONTWRITEBYTECODE": "1"} | env
-    process = subprocess.Popen(command, env=known, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=known, text=True, stdout=out, stderr=out, preexec_fn=join)
     try:
         yield process
     finally:
@@ -166,3 +193,118 @@ def test_image_runs_a_batch(held, plain):
         out, said = process.communicate(timeout=60)
     (row,) = csv.DictReader(out.splitlines())
     assert (row["file"], row["label"], row["error"]) == ("/srv/in/a.jpg", "blue", ""), said
+
+
+@pytest.fixture(scope="module")
+def resnet(held):
+    """Put a bundle of the usual size, 45 MB, into the container; return its place there."""
+    from automl_cv.export import export_bundle
+    from automl_cv.models import create_model
+    from automl_cv.pixels import Policy
+
+    facts = {"name": "large", "backbone": "resnet18", "pretrained": False, "origin": "", "licence": "", "config": {},
+             "data": {"images": 0, "fingerprint": "0" * 64}}
+    model = create_model("resnet18", 2, pretrained=False).eval()
+    export_bundle(model, held[1] / "srv/large", ["a", "b"], Policy(160, 176), facts)
+    return "/srv/large"
+
+
+MIB = 2**20
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """Return a function that pads a photo of 12 megapixels to a size in bytes."""
+    file = io.BytesIO()
+    Image.effect_noise((1000, 750), 60).resize((4000, 3000)).convert("RGB").save(file, "JPEG", quality=85)
+    return lambda size=0: file.getvalue().ljust(size, b"\0")
+
+
+@pytest.fixture(scope="module")
+def form(photo):
+    """Return a function that writes four photos as a form of so many bytes."""
+    def write(size):
+        heads = [f'\r\n--x\r\nContent-Disposition: form-data; name="files"; filename="{n}.jpg"\r\n\r\n'.encode()
+                 for n in range(4)]
+        room = size - len(b"".join(heads)) - len(b"\r\n--x--")
+        parts = [head + photo(room // 4 + (n < room % 4)) for n, head in enumerate(heads)]
+        return b"".join(parts) + b"\r\n--x--"
+    return write
+
+
+def pack(files):
+    """Write files as a zip."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for number, content in enumerate(files):
+            archive.writestr(f"{number}.jpg", content)
+    return file.getvalue()
+
+
+def test_cloud_run_gives_enough_memory(held, resnet, photo, form, free, tmp_path):
+    """One CPU, 512 MiB with what lies in /tmp, as many requests at once as the manifest allows, the largest bodies."""
+    spec = yaml.safe_load((ROOT / "deploy/service.yaml").read_text())["spec"]["template"]["spec"]
+    assert (spec["containerConcurrency"], spec["containers"][0]["resources"]["limits"]["memory"]) == (16, "512Mi")
+    url, log, barrier = f"http://127.0.0.1:{free}", tmp_path / "log", Barrier(16)
+
+    def ask(path, body, **headers):
+        reply = httpx.post(f"{url}{path}", content=body, headers=headers, trust_env=False, timeout=300)
+        if reply.headers["content-type"] == "application/problem+json":
+            return reply.status_code, reply.json()["code"]
+        rows = [json.loads(row) for row in reply.text.splitlines()]
+        return reply.status_code, len([row for row in rows if row["label"] in ("a", "b")])
+
+    def at_once(path, body, times, **headers):
+        with ThreadPoolExecutor(16) as pool:
+            return set(pool.map(lambda _: ask(path, body, **headers), range(times)))
+
+    def parts(body):
+        yield body[:-1]
+        with suppress(BrokenBarrierError):
+            barrier.wait(300)
+        yield body[-1:]
+
+    def together(body, headers):
+        """Send a body whose last byte waits until all sixteen have come as far, or one has failed."""
+        try:
+            return ask("/predict/batch", parts(body), **headers)
+        except httpx.TransportError:
+            barrier.abort()
+            raise
+
+    def join():
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        if group:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    with (bounded(512 * MIB) as group, log.open("wb") as out,
+          read_only(held[1], ["python", "-m", "automl_cv.serve"], out, join, HOST="127.0.0.1", PORT=str(free),
+                    AUTOML_CV_MODEL=resnet) as process):
+        wait_ready(url, 300, alive=lambda: process.poll() is None)
+        status = Path(f"/proc/{process.pid}/status")
+        assert re.search(r"^Uid:(\s+10001){4}$", status.read_text(), re.M)
+        assert not group or str(process.pid) in (group / "cgroup.procs").read_text().split()
+        assert (200, 1) in at_once("/predict", photo(), 64) <= {(200, 1), (503, "busy")}
+        largest = form(32 * MIB - 1)
+        assert len(largest) == 32 * MIB - 1
+        for body, headers in (largest, FORM), (pack([photo(8 * MIB - 999)] * 4), {"Content-Type": "application/zip"}):
+            with ThreadPoolExecutor(16) as pool:
+                found = set(pool.map(lambda _: together(body, headers), range(16)))
+            assert found == {(200, 4), (503, "busy")}  # /tmp, which is memory, has room for three
+        for path, body, headers, expected in (
+                ("/predict", photo(10 * MIB), {}, (200, 1)),
+                ("/predict", photo(32 * MIB - 1), {}, (413, "file_too_large")),
+                ("/predict", photo(32 * MIB + 1), {}, (413, "file_too_large")),
+                ("/predict/batch", largest, FORM, (200, 4)),
+                ("/predict/batch", form(32 * MIB + 1), FORM, (200, 4)),  # Cloud Run itself refuses it over HTTP/1
+                ("/predict/batch", bytes(101 * 10**6), FORM, (413, "file_too_large")),
+                ("/predict", photo(), {}, (200, 1))):
+            assert ask(path, body, **headers) == expected
+        for probe in ("/health/live", "/health/ready"):
+            assert httpx.get(f"{url}{probe}", trust_env=False).status_code == 200
+        peak = int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M)[1])
+        print(f"The server alone took {peak / 1024:.0f} MiB at most; the limit of {group} held it")
+        assert peak < 512 * 1024  # where no group bounds it, and without what lies in /tmp
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()[-3000:]

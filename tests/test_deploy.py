@@ -121,12 +121,13 @@ def test_dry_run_runs_nothing(room, bundle):
 
 def test_sick_revision_gets_no_requests(room, bundle, revision):
     revision.healthy = False
-    code = ("import sys, automl_cv.deploy as d; d.await_health.__defaults__ = (2.0,)\n"
+    code = ("import sys, automl_cv.deploy as d; d.HEALTH_SECONDS = 2.0\n"
             "from automl_cv.cli import cli; cli(sys.argv[1:])")
     env = os.environ | {"AUTOML_CV_HOME": str(room / "home"), "PATH": f"{room / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run([sys.executable, "-c", code, "deploy", str(bundle), *WORDS], cwd=ROOT, env=env, text=True,
                           capture_output=True, timeout=100)
-    assert done.returncode == 5 and "gets no requests; its health check said status 503" in done.stderr
+    assert done.returncode == 5 and "The new revision gets no requests." in done.stderr
+    assert "it said status 503" in done.stderr
     assert verbs(room) == FIRST
 
 
