@@ -118,7 +118,8 @@ class Predictor:
 
     def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
         """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
-        policy, (image, notes) = self.policy, decode(data, self.policy.store, limits)
+        policy = self.policy
+        image, notes = decode(data, policy.store, limits, policy.margin)
         return centre_crop(to_square(image, policy.store, policy.fit, policy.version), policy.size), notes
 
     def predict(self, data: bytes, limits: Limits = UPLOAD) -> Prediction:
