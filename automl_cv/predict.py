@@ -92,9 +92,8 @@ class Predictor:
         folder: Path,  # a bundle
         threads: int = 1,  # threads inside one call of the graph
         precision: str = "fp32",  # or "int8", where the bundle has that
-        info: dict[str, Any] | None = None,  # of `read_bundle`, where that was done already
     ):
-        self.info, folder = info or read_bundle(folder), Path(folder)
+        self.info, folder = read_bundle(folder), Path(folder)
         self.policy, self.task = Policy(**self.info["policy"]), TASKS[self.info["task"]]
         self.classes, self.thresholds = self.info["classes"], self.info["thresholds"].get("labels", 0.5)
         self.abstain, self.alarm = (self.info["thresholds"].get(name) for name in ("abstain", "ood"))
@@ -118,8 +117,7 @@ class Predictor:
 
     def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
         """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
-        policy = self.policy
-        image, notes = decode(data, policy.store, limits, policy.margin)
+        policy, (image, notes) = self.policy, decode(data, self.policy.store, limits, self.policy.margin)
         return centre_crop(to_square(image, policy.store, policy.fit, policy.version), policy.size), notes
 
     def predict(self, data: bytes, limits: Limits = UPLOAD) -> Prediction:
@@ -219,11 +217,10 @@ def is_foregone(
 
 # %% ../nbs/04a_predict.ipynb #38c08b8d
 def _first(folder: Path, threads: int) -> Predictor:
-    info = read_bundle(folder)
-    if is_foregone(info):
-        with suppress(Exception):  # an int8 graph that cannot be loaded or drifts here is not used
-            return Predictor(folder, threads, "int8", info)
-    return Predictor(folder, threads, info=info)
+    with suppress(Exception):  # an int8 graph that cannot be loaded or drifts here is not used
+        if is_foregone(read_json(folder / "model.json")):
+            return Predictor(folder, threads, "int8")
+    return Predictor(folder, threads)
 
 # %% ../nbs/04a_predict.ipynb #86d14604
 GPU_BATCH = 16  # pictures in one call of a GPU
