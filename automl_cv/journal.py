@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -26,6 +27,11 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 # %% ../nbs/05d_journal.ipynb #dabc737a
+@cache
+def _series(metric: Any, *values: Any) -> Any:  # each request asks for the same few, which costs more than counting
+    return metric.labels(*values)
+
+# %% ../nbs/05d_journal.ipynb #55b01f82
 class Metrics:
     """What Prometheus collects from one application."""
 
@@ -47,7 +53,7 @@ class Metrics:
     def count(self, found: Prediction, version: str) -> None:
         """Count an answer."""
         self.confidence.observe(found.confidence)
-        self.classes.labels(found.label, version).inc()
+        _series(self.classes, found.label, version).inc()
 
     def text(self) -> bytes:
         """Return all numbers in Prometheus' text format."""
@@ -58,8 +64,11 @@ def _severity(status: int) -> str:
     return "INFO" if status < 400 else "WARNING" if status < 500 or status == 503 else "ERROR"
 
 # %% ../nbs/05d_journal.ipynb #ca5fac80
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for each line
+
+
 def _say(line: dict[str, Any]) -> None:
-    sys.stdout.write(f"{json.dumps(line, ensure_ascii=False)}\n")
+    sys.stdout.write(f"{_encode(line)}\n")
     sys.stdout.flush()
 
 # %% ../nbs/05d_journal.ipynb #3c0517b3
@@ -109,10 +118,10 @@ class Journal:
 
     def _note(self, scope: Scope, reply: _Reply, record: dict[str, Any], seconds: float) -> None:
         path = scope["path"] if scope["path"] in self.paths else "other"
-        self.metrics.requests.labels(path, reply.status).inc()
-        self.metrics.seconds.labels(path).observe(seconds)
+        _series(self.metrics.requests, path, reply.status).inc()
+        _series(self.metrics.seconds, path).observe(seconds)
         for stage, spent in (stages := record.pop("stages")).items():
-            self.metrics.stages.labels(stage).observe(spent)
+            _series(self.metrics.stages, stage).observe(spent)
         code = {"code": reply.code} if reply.code else {}
         facts = {"request_id": reply.headers.get("x-request-id", "")} | record | code
         name = f"{scope['method']} {path}"

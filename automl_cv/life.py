@@ -16,7 +16,6 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -140,7 +139,11 @@ def _swap_on_hangup(app: FastAPI) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # a test's; signals belong to the main one
         yield
         return
-    loop.add_signal_handler(signal.SIGHUP, lambda: jobs.add(loop.create_task(swap(app))))
+
+    def begin() -> None:
+        jobs.add(job := loop.create_task(swap(app)))  # a task that nobody holds may be collected
+        job.add_done_callback(jobs.discard)
+    loop.add_signal_handler(signal.SIGHUP, begin)
     try:
         yield
     finally:
@@ -166,12 +169,14 @@ async def lifespan(
     state.predictor = await _load_apart(state.where, 1)
     state.pool = Pool(count_workers(state.predictor))
     watch = asyncio.ensure_future(_watch(app, seconds)) if seconds else None
-    with _swap_on_hangup(app):
-        yield
-    if watch:
-        watch.cancel()
-    state.pool.threads.shutdown(wait=False, cancel_futures=True)  # nothing more is started
-    state.spans.close()
+    try:
+        with _swap_on_hangup(app):
+            yield
+    finally:
+        if watch:
+            watch.cancel()
+        state.pool.threads.shutdown(wait=False, cancel_futures=True)  # nothing more is started
+        state.spans.close()
 
 # %% ../nbs/05dd_life.ipynb #1cce5a07
 LEAVE_SECONDS, SPEAK_SECONDS, GRACE_SECONDS = 0.5, 0.5, 5  # door open; first words; accepted requests

@@ -9,6 +9,7 @@ __all__ = ['ACCEPTED', 'EXTRA', 'SIGNATURES', 'BRANDS', 'UPLOAD', 'DATASET', 'CO
 
 # %% ../nbs/00a_pixels.ipynb #0e57ced9
 import io
+import math
 import struct
 import warnings
 from dataclasses import asdict, dataclass
@@ -170,7 +171,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 # %% ../nbs/00a_pixels.ipynb #0f13c592
-VERSION = 2  # of the policy; a bundle names the version that it was trained with
+VERSION = 3  # of the policy; a bundle names the version that it was trained with
 
 # %% ../nbs/00a_pixels.ipynb #48c916ab
 def to_square(
@@ -207,6 +208,7 @@ def decode(
     data: bytes,  # a file's content
     target: int = 0,  # the side that will be needed, pixels; 0 decodes at full size
     limits: Limits = UPLOAD,  # what is allowed
+    margin: float = 2.0  # how many times the target a fraction has to be, at least
 ) -> tuple[Image.Image, list[str]]:  # an RGB picture the right way up, and what was done to it in plain words
     """Decode a picture. Raises AutomlError with the code of the first failing check."""
     image, notes = open_image(data, limits), []
@@ -214,7 +216,7 @@ def decode(
         if getattr(image, "n_frames", 1) > 1:
             notes.append("only the first frame was used")
         if target:
-            image.draft("RGB", (2 * target, 2 * target))
+            image.draft("RGB", (math.ceil(margin * target),) * 2)
         image.load()
         turn = _turn(image)  # after load: getexif loads a PNG too, and hides that it is damaged
         image = _to_rgb(image, notes)
@@ -232,6 +234,11 @@ class Policy:
     store: int = 176  # side of the square that is decoded, cached and cropped from, pixels; at least `size`
     fit: str = "crop"  # "crop" keeps proportions, "squash" keeps the whole picture
     version: int = VERSION  # of this code
+
+    @property
+    def margin(self) -> float:
+        """Return how much larger than `store` a fraction of a JPEG has to be."""
+        return 1.5 if self.version > 2 else 2.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for JSON."""
@@ -253,7 +260,8 @@ def stored(
     limits: Limits = UPLOAD,  # what is allowed
 ) -> np.ndarray:  # RGB uint8 [policy.store, policy.store, 3]
     """Decode a picture to the square that training crops from. Raises AutomlError."""
-    return to_square(decode(data, policy.store, limits)[0], policy.store, policy.fit, policy.version)
+    image, _ = decode(data, policy.store, limits, policy.margin)
+    return to_square(image, policy.store, policy.fit, policy.version)
 
 # %% ../nbs/00a_pixels.ipynb #10920a90
 def pixels(

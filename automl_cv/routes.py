@@ -55,6 +55,8 @@ def extras(
     everything: bool = False,  # whether to list all
 ) -> dict[str, Any]:  # `top_k` and `probabilities`, as asked for
     """List the probabilities that a client asked for."""
+    if not top_k and not everything:
+        return {}
     shares = [{"label": label, "probability": round(float(share), 6)}
               for label, share in zip(classes, found.probabilities)]
     best = [shares[i] for i in (-found.probabilities).argsort(kind="stable")[:top_k]]

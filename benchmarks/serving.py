@@ -32,6 +32,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from contextlib import contextmanager
@@ -215,11 +216,20 @@ def run_once(bench: Bench, cpu: str) -> tuple[float, float]:
 def folder_mb(folder: Path, without: tuple[str, ...] = ()) -> float:
     """Return the size of a folder's files."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return sum(path.stat().st_size for path in files if not any(part in str(path) for part in without)) / 1e6
+    return sum(path.stat().st_size for path in files if not any(part in f"{path}|" for part in without)) / 1e6
 
 
 DROPPED = ("/pip/", "/pip-", "/setuptools", "onnxruntime/transformers", "onnxruntime/quantization",
-           "onnxruntime/tools", "libonnxruntime.so", "numpy/f2py", "/tests/", "/include/", ".pyi")  # as Dockerfile
+           "onnxruntime/tools", "libonnxruntime.so", "numpy/f2py", "/tests/", "/include/", ".pyi|", ".a|",
+           "/__pycache__/", "/pkg_resources/", "/_distutils_hack/", "weights.safetensors")  # as Dockerfile
+
+
+def bytecode_mb(bench: Bench) -> float:
+    """Return the size of what Python compiles for a start, which is all that an image holds of that."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
+        subprocess.run([bench.peers / "ours/bin/python", "-c", "import automl_cv.serve"], env=env, check=True)
+        return folder_mb(Path(folder))
 
 
 def cold(bench: Bench) -> dict:
@@ -240,9 +250,9 @@ def cold(bench: Bench) -> dict:
                 time.sleep(1)
                 idle.setdefault(name, []).append(megabytes(service.pid))
             service.stop()
-    tree = folder_mb(bench.peers / "ours/lib", DROPPED) + folder_mb(ROOT / "automl_cv")
-    sizes = {"tree_mb": tree, "int8_bundle_mb": folder_mb(bench.work / "int8"),
-             "fp32_bundle_mb": folder_mb(bench.work / "fp32")}
+    tree = folder_mb(bench.peers / "ours/lib", DROPPED) + folder_mb(ROOT / "automl_cv", DROPPED)
+    sizes = {"tree_mb": tree + bytecode_mb(bench),
+             **{f"{kind}_bundle_mb": folder_mb(bench.work / kind, DROPPED) for kind in ("int8", "fp32")}}
     seconds = {name: spread(values) for name, values in found.items()}
     return {"seconds": seconds, "cpu_seconds": {name: spread(values) for name, values in spent.items()},
             "idle_pss_mb": {name: spread(values) for name, values in idle.items()},
