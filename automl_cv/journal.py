@@ -28,7 +28,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 # %% ../nbs/05d_journal.ipynb #dabc737a
 @cache
-def _series(metric: Any, *values: Any) -> Any:  # each request asks for the same few, which costs more than counting
+def _series(metric: Any, *values: Any) -> Any:  # looking up costs more than counting
     return metric.labels(*values)
 
 # %% ../nbs/05d_journal.ipynb #55b01f82

@@ -145,8 +145,9 @@ def _mix(training: Training, pictures: Tensor, targets: Tensor) -> tuple[Tensor,
     if config.augmentation not in ("mixup", "cutmix") or training.progress() >= MIXED:
         return pictures, targets
     truth = functional.one_hot(targets, classes).float() if targets.ndim == 1 else targets
+    random = np.random.default_rng([config.seed, training.step])
     with one_thread():
-        return mix_pictures(pictures, truth, config.augmentation, np.random.default_rng([config.seed, training.step]))
+        return mix_pictures(pictures, truth, config.augmentation, random)
 
 # %% ../nbs/01e_learner.ipynb #a7c66049
 def train_step(

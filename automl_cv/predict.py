@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'GRAPHS', 'GOLDEN_TOLERANCE', 'ADVANTAGE', 'DECISIVE', 'GPU_BATCH', 'read_bundle', 'Prediction',
-           'Predictor', 'judge', 'check_golden', 'choose', 'is_foregone', 'fastest', 'predict_files']
+           'Predictor', 'judge', 'check_golden', 'choose', 'is_foregone', 'fastest']
 
 # %% ../nbs/04a_predict.ipynb #aa11a120
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from .core import AutomlError, hash_file, read_json
 from .outliers import load_outliers
-from .pixels import DATASET, UPLOAD, VERSION, Limits, Policy, centre_crop, decode, to_square
+from .pixels import UPLOAD, VERSION, Limits, Policy, centre_crop, decode, to_square
 from .sessions import (OpenVino, Together, cores, has_byte_products, has_gpu, has_openvino, on_gpu,
                                 open_session)
 from .tasks import TASKS
@@ -160,7 +159,7 @@ def check_golden(
     with np.load(path, allow_pickle=False) as golden:
         expected = golden["int8" if predictor.precision == "int8" else "probabilities"]
         images = [predictor.decode(golden[f"image_{i}"].tobytes())[0] for i in range(len(expected))]
-    said = [predictor.probabilities(image[None])[0] for image in images]  # an engine keeps its largest call's memory
+    said = [predictor.probabilities(image[None])[0] for image in images]  # a batch's memory would stay
     worst = float(np.abs(np.stack(said) - expected).max())
     if not worst <= GOLDEN_TOLERANCE:
         raise AutomlError("bundle_damaged", f"The model's golden answers are off by {worst:.4f} here.",
@@ -241,25 +240,3 @@ def fastest(
     batch = batch or (GPU_BATCH if on_gpu(plain.session) else 1)
     plain.session = Together(plain.session, batch) if batch > 1 else plain.session
     return plain
-
-# %% ../nbs/04a_predict.ipynb #93eb2fd9
-def _try(predictor: Predictor, path: Path) -> Prediction | AutomlError:
-    try:
-        if path.stat().st_size > DATASET.max_bytes:
-            raise AutomlError("file_too_large", "The file is over 50 MB.")
-        return predictor.predict(path.read_bytes(), DATASET)
-    except OSError as error:
-        return AutomlError("source_not_found", f"The file cannot be read ({type(error).__name__}).")
-    except AutomlError as error:
-        return error
-
-# %% ../nbs/04a_predict.ipynb #e6482862
-def predict_files(
-    predictor: Predictor,  # a loaded bundle
-    paths: Iterable[Path],  # files
-) -> Iterator[tuple[Path, Prediction | AutomlError]]:  # in the order of the paths
-    """Classify files on all cores, keeping a bounded number of them in flight."""
-    paths, workers = iter(paths), cores()
-    with ThreadPoolExecutor(workers) as pool:
-        while batch := list(islice(paths, 16 * workers)):
-            yield from zip(batch, pool.map(lambda path: _try(predictor, path), batch))

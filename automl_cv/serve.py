@@ -201,7 +201,7 @@ async def openapi(
     return describe(request.app)
 
 # %% ../nbs/06_serve.ipynb #d510ec58
-PATHS = frozenset(route.path for route in (*direct.routes, *router.routes, *programs.routes))  # counted by name
+PATHS = frozenset(route.path for route in (*direct.routes, *router.routes, *programs.routes))
 
 # %% ../nbs/06_serve.ipynb #671294a5
 def create_app(

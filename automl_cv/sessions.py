@@ -57,7 +57,7 @@ def open_session(
     return onnxruntime.InferenceSession(path, options, providers=list_providers())
 
 # %% ../nbs/03a_sessions.ipynb #bac36e89
-BYTE_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # of x86 and ARM, as /proc/cpuinfo names them
+BYTE_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # as /proc/cpuinfo says
 
 # %% ../nbs/03a_sessions.ipynb #8ffc0f09
 def has_byte_products(
