@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .core import check_stop, track
+from .core import check_stop, look_up, track
 from .paths import (Head, Plan, find_scale, follow_paths, log_prior, open_bank, row_weights,
                              unit_length)
 from .scores import rank_pictures, score_classes, weighted_map
@@ -326,7 +326,7 @@ def search_heads(
     seconds: float = 0.0,  # stop after this long with what is done; 0 means never
     metric: str = "loss",  # "loss" | "accuracy" | "balanced_accuracy" | "macro_f1"; of labels also "map"
 ) -> tuple[pd.DataFrame, np.ndarray]:  # by place in `configs`, best first; float32 [N, C], its logits
-    """Judge heads by cross-validation; `seconds` says when. Raises AutomlError interrupted."""
+    """Judge heads by cross-validation. Raises AutomlError interrupted, unknown_parameter."""
     started, (truth, exclusive) = time.monotonic(), _truth(targets, classes)
     end, sign = started + (seconds or np.inf), 1 if metric == "loss" else -1
     rows, best = {}, (np.inf, np.zeros((0, classes), np.float32))
@@ -334,7 +334,7 @@ def search_heads(
     for number, logits in track(found, "searching heads", len(configs)):
         figures = judge_logits(logits, targets)
         rows[number] = asdict(configs[number]) | figures | {"seconds": time.monotonic() - started}
-        if sign * figures[metric] < best[0]:
-            best = sign * figures[metric], logits
+        value = sign * look_up(figures, metric, "metric")
+        best = (value, logits) if value < best[0] else best
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.sort_values(metric, ascending=sign > 0, kind="stable") if rows else table, best[1]
