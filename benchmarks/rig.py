@@ -94,14 +94,15 @@ def draw(work: Path, data: Path) -> dict[str, Path]:
 
 def make_bundles(work: Path, data: Path) -> dict:
     """Write bundles of a ResNet18 of random weights with a head that was fitted to photographs."""
-    if (work / "model.done").exists():
-        return json.loads((work / "model.done").read_text())
+    from automl_cv.pixels import VERSION, Policy, pixels
+    done = work / f"model-{VERSION}.done"  # of the present pixel policy
+    if done.exists():
+        return json.loads(done.read_text())
     import torch
     from sklearn.linear_model import LogisticRegression
 
     from automl_cv import export
     from automl_cv.models import create_model
-    from automl_cv.pixels import Policy, pixels
     policy, torch_model = Policy(SIDE, SIDE, "squash"), None
     pairs = photographs(data, "train", 720)
     images = np.stack([pixels(path.read_bytes(), policy) for path, _ in pairs])
@@ -140,7 +141,7 @@ def make_bundles(work: Path, data: Path) -> dict:
     facts = {"network": "resnet18 at 150 px, random weights, head fitted to 480 photographs",
              "accuracy": round(float(right.mean()), 3), "classes": classes, "int8_gate": gate,
              "int8_forced": not gate["passed"]}
-    (work / "model.done").write_text(json.dumps(facts))
+    done.write_text(json.dumps(facts))
     return facts
 
 
