@@ -35,7 +35,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_live(server: Server, seconds: float = 300.0) -> None:
+def wait_live(server: Server, seconds: float = 30.0) -> None:
     """Wait until a service answers at all, with or without a model."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and server.process.poll() is None:
@@ -61,7 +61,7 @@ def start_server(log: Path, bundle: Path, command: tuple[str, ...] = MODULE, **m
         yield server
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(15)
 
 
 @pytest.fixture(scope="session")
