@@ -179,7 +179,7 @@ async def lifespan(
         state.spans.close()
 
 # %% ../nbs/05dd_life.ipynb #1cce5a07
-LEAVE_SECONDS, SPEAK_SECONDS, GRACE_SECONDS = 0.5, 0.5, 5  # door open; first words; accepted requests
+LEAVE_SECONDS, SPEAK_SECONDS, GRACE_SECONDS = 0.5, 1.5, 5  # door open; words on their way; accepted requests
 
 # %% ../nbs/05dd_life.ipynb #45095ea2
 class Closing:
@@ -240,11 +240,17 @@ class Server(uvicorn.Server):
         self.state.leaving = True
         threading.Timer(LEAVE_SECONDS, super().handle_exit, (sig, frame)).start()
 
+    def _has_silent_guest(self) -> bool:
+        cycles = [getattr(guest, "cycle", None) for guest in self.server_state.connections]  # of requests
+        return any(cycle is None or cycle.response_complete for cycle in cycles)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the door, let those inside speak, and finish."""
         loop, config = asyncio.get_running_loop(), self.config
         for guest in [guest for door in self.servers for guest in last_ones(door)]:
             await loop.connect_accepted_socket(lambda: config.http_protocol_class(
                 config=config, server_state=self.server_state, app_state=self.lifespan.state), guest)
-        await asyncio.sleep(SPEAK_SECONDS)
+        end = loop.time() + SPEAK_SECONDS
+        while self._has_silent_guest() and loop.time() < end:
+            await asyncio.sleep(0.05)
         await super().shutdown(sockets)

@@ -30,7 +30,7 @@ from .bodies import find_picture, one_body
 from .core import AutomlError, open_run
 from .guard import add_guard, read_rules
 from .journal import Journal, Metrics
-from .life import GRACE_SECONDS, LEAVE_SECONDS, Closing, Server, lifespan, loaded
+from .life import GRACE_SECONDS, LEAVE_SECONDS, SPEAK_SECONDS, Closing, Server, lifespan, loaded
 from .pixels import ACCEPTED, UPLOAD
 from .pool import Busy, on_busy
 from .predict import Prediction, Predictor, judge, read_bundle
@@ -283,7 +283,7 @@ def running(
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(LEAVE_SECONDS + GRACE_SECONDS + 5)
+            process.wait(LEAVE_SECONDS + SPEAK_SECONDS + GRACE_SECONDS + 5)
         process.kill()  # which is nothing to one that has left
         process.wait()
 

@@ -24,7 +24,7 @@ import pandas as pd
 from .archives import open_archive
 from .core import AutomlError, atomic_folder, home, is_system
 from .elements import draw_elements, name_elements
-from .items import SEPARATOR, SPLITS, Item, Source, clean_label, lay_out, open_folder
+from .items import CORES, SEPARATOR, SPLITS, Item, Source, clean_label, lay_out, open_folder
 from .remote import READERS, fetch_file, is_address, is_object, open_objects, open_remote
 from .rows import read_table
 from .scenes import CLASSES, draw_scene
@@ -145,7 +145,7 @@ def _apply_table(url: str, items: list[Item], table: Item, label: str, group: st
     return _from_labelled(url, found, **facts)
 
 # %% ../nbs/00h_sources.ipynb #0a123ca9
-def _from_labelled(url: str, found: Labelled, warnings: tuple[str, ...] = (), readers: int = 4) -> Source:
+def _from_labelled(url: str, found: Labelled, warnings: tuple[str, ...] = (), readers: int = CORES) -> Source:
     return Source(url, found.items, found.task, (*warnings, *found.warnings), found.bad_rows, readers)
 
 # %% ../nbs/00h_sources.ipynb #a5e79ca7
@@ -205,7 +205,8 @@ def _open_archive(url: str, label: str, group: str) -> Source:
 
 # %% ../nbs/00h_sources.ipynb #53e5a3a8
 def _from_named(url: str, found: Labelled) -> Source:
-    return _from_labelled(url, found, readers=READERS if any(is_address(i.name) for i in found.items) else 4)
+    far = any(is_address(item.name) for item in found.items)
+    return _from_labelled(url, found, readers=READERS if far else CORES)
 
 # %% ../nbs/00h_sources.ipynb #ad1ed5b1
 def _open_table(url: str, label: str, group: str) -> Source:

@@ -26,7 +26,7 @@ import numpy as np
 
 from .bounds import by_age, cache_bound
 from .core import AutomlError, check_stop, hash_bytes, home, say, track
-from .items import Item
+from .items import CORES, Item
 from .pixels import DATASET, Policy, stored
 from .sources import open_source
 
@@ -126,7 +126,7 @@ def _decode(source: str, missing: dict[str, str], folder: Path, policy: Policy) 
     if gone:
         raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", "Run step 1 again.")
     jobs = iter([(items[name], sha256) for sha256, name in missing.items()])
-    blocks = _write_blocks(folder, jobs, policy, max(os.cpu_count() or 1, opened.readers))
+    blocks = _write_blocks(folder, jobs, policy, max(CORES, opened.readers))
     places = ((name.decode(), (block, row)) for block in blocks
               for row, name in enumerate(block.records["sha256"].tolist()))
     return dict(track(places, "decoding pictures", len(missing)))
