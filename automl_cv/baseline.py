@@ -19,7 +19,7 @@ from .core import Run, say
 from .data import open_step, read_split
 from .heads import HeadConfig, fit_head
 from .learner import Config, Training, fit
-from .plan import Entrant
+from .plan import Entrant, is_small
 from .probes import Terms, best_head, first_model
 from .race import Track, line_up, race
 from .tasks import TASKS, headline
@@ -61,12 +61,15 @@ def probe_pixels(
 def standard_config(
     backbone: str = "resnet18",  # a key of models.ZOO
     pretrained: bool = True,  # start from ImageNet weights where they can be had
+    few: bool = False,  # pictures
     **changes: Any,  # fields of Config
 ) -> Config:
     """Return settings that are known to work: more decay and less speed for a pretrained network."""
     known = {"lr": 3e-3, "weight_decay": 0.02}
     if pretrained:
         known = {"lr": 5e-4, "weight_decay": 0.05, "norm": "frozen", "label_smoothing": 0.0}
+    if pretrained and few:
+        known |= {"lr": 2e-4, "label_smoothing": 0.1}
     return replace(Config(backbone=backbone, pretrained=pretrained, **known), **changes)
 
 # %% ../nbs/02_baseline.ipynb #3fae3c39
@@ -154,10 +157,11 @@ def run_step(
     """Score the baselines, ship the first model and race the backbones. Raises AutomlError."""
     run = open_step(run_dir)
     track = Track(run, pretrained, transforms, metric, seed)
-    entrants, absent = line_up(backbone, size, pretrained, usual_side(run))
+    few = is_small(run)
+    entrants, absent = line_up(backbone, size, pretrained, usual_side(run), pretrained and few)
     for missing, why in absent.items():
         write_row(run, Candidate(missing, "race", missing, size, reason=why))
-    config = standard_config(entrants[0].backbone, pretrained, task=run.read("data")["task"],
+    config = standard_config(entrants[0].backbone, pretrained, few, task=run.read("data")["task"],
                              transforms=transforms, size=entrants[0].size, epochs=epochs,
                              batch_size=batch_size, seed=seed)
     terms = Terms(Limits(max_milliseconds, max_megabytes), target_accuracy, name)

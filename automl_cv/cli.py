@@ -91,7 +91,7 @@ def run(
     trials: Annotated[int, typer.Option(help="Configurations to try; -1 as the preset says.", min=-1)] = -1,
     max_epochs: Annotated[int, typer.Option(help="Epochs of the longest trial; 0 chooses.", min=0)] = 0,
     epochs: Annotated[int, typer.Option(help="Epochs of the final training; 0 chooses.", min=0)] = 0,
-    batch_size: Annotated[int, typer.Option(help="Pictures per step.", min=2)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Pictures per step; 0 chooses.", min=0)] = 0,
     transforms: Annotated[str, typer.Option(help="Preparation: standard or original.")] = "standard",
     min_accuracy: Gate = 0.0,
     metric: Annotated[str, typer.Option(help=f"What to choose by: {', '.join(METRICS)}.")] = "",

@@ -72,13 +72,15 @@ SPACES = {"standard": (standard_config, _suggest_standard), "original": (origina
 # %% ../nbs/02c_space.ipynb #a0745ab7
 def make_base(
     space: str,  # a key of `SPACES`
+    few: bool = False,  # pictures
     **chosen: Any,  # fields of Config
 ) -> Config:
     """Return the configuration that a search varies. Raises AutomlError unknown_parameter."""
     make, _ = look_up(SPACES, space, "search space")
     if space == "original":
         chosen.pop("transforms", None)  # they belong to the original's training
-    return make(**chosen)
+        return make(**chosen)
+    return make(few=few, **chosen)
 
 # %% ../nbs/02c_space.ipynb #ae3bfc63
 def suggest_config(

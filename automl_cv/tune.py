@@ -24,7 +24,8 @@ from .core import AutomlError, Run, say
 from .data import open_step
 from .ingredients import keep_weights, offer_soup
 from .learner import Config, Training, fit
-from .probes import Terms, is_small, load_head, offer_model
+from .plan import is_small
+from .probes import Terms, load_head, offer_model
 from .race import Track
 from .scores import JUDGES
 from .space import is_imbalanced, known_params, make_base, suggest_config
@@ -283,8 +284,8 @@ def run_step(
 ) -> dict[str, Any]:  # the content of tune.json
     """Search the best configuration on validation pictures, going on where it stopped. Raises AutomlError."""
     run = open_step(run_dir)
-    base = make_base(space, backbone=backbone, pretrained=pretrained, task=run.read("data")["task"],
-                     transforms=transforms, size=size, batch_size=batch_size, seed=seed)
+    base = make_base(space, is_small(run), backbone=backbone, pretrained=pretrained, transforms=transforms,
+                     size=size, batch_size=batch_size, seed=seed, task=run.read("data")["task"])
     track = Track(run, pretrained, base.transforms, metric, seed)
     told = {"trials": trials, "space": space, "max_epochs": max_epochs, "trial_share": trial_share}
     terms = Terms(Limits(max_milliseconds, max_megabytes), target_accuracy, name)
