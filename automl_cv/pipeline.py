@@ -129,8 +129,11 @@ class Request:
 def check_request(
     request: Request,  # what the user asked for
 ) -> None:
-    """Refuse names that nothing here has. Raises AutomlError unknown_parameter, unknown_backbone."""
+    """Refuse what nothing here can do. Raises AutomlError with the code of the failing check."""
     find_preset(request.transforms)
+    if request.batch_size == 1:
+        raise AutomlError("wrong_parameter_type", "A step of one picture learns nothing.",
+                          "Give at least 2, or 0.")
     if request.metric:
         look_up(METRICS, request.metric, "metric")
     if request.space != Request.space:

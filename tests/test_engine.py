@@ -72,15 +72,20 @@ def test_backbones_without_weights_are_named_and_nothing_pretends(tmp_path):
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="NO BACKBONES RACE: ../shared/weights is absent")
-def test_auto_races_the_backbones_whose_weights_are_there(tmp_path):
-    status, out, err = call(tmp_path, "run", "demo:20", "--out", tmp_path / "run", "--time", "none", "--trials", "1",
+def test_auto_races_the_backbones_whose_weights_are_there_and_few_pictures_get_what_they_need(tmp_path):
+    status, out, err = call(tmp_path, "run", "demo:20", "--out", tmp_path / "run", "--time", "none", "--epochs", "2",
                             "--max-epochs", "1", AUTOML_CV_WEIGHTS=str(WEIGHTS), TORCH_HOME=str(tmp_path / "empty"))
     assert status == 0, err
     entrants = read(tmp_path / "run", "baseline.json")["entrants"]
     assert {(entry["backbone"], entry["size"]) for entry in entrants} == {
-        ("mobilenet_v2", 128), ("mobilenet_v2", 160), ("mobilenet_v2", 192)}
+        ("mobilenet_v2", 160), ("mobilenet_v2", 192)}
     info = read(tmp_path / "run", "model/model.json")
     assert (info["backbone"], info["pretrained"]) == ("mobilenet_v2", True)
+    rows = read(tmp_path / "run", "leaderboard.json")
+    trained = next(row for row in rows if row["stage"] == "fine-tune")["figures"]
+    assert (trained["folds"], trained["averaged"]) == (5, 5) and "trial" not in {row["stage"] for row in rows}
+    config = read(tmp_path / "run", "train.json")["config"] | read(tmp_path / "run", "tune.json")["config"]
+    assert (config["batch_size"], config["lr"], config["label_smoothing"]) == (16, 2e-4, 0.1)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "knn", "pair"])
