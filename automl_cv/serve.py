@@ -148,7 +148,7 @@ FACTS = ("name", "task", "classes", "thresholds", "backbone", "pretrained", "lic
          "created")
 MODEL = {"name": "scenes", "task": "classification", "classes": ["forest", "mountain"], "thresholds": {},
          "backbone": "resnet18", "pretrained": True, "metrics": {"metric": "accuracy", "accuracy": 0.93},
-         "policy": {"size": 160, "store": 176, "fit": "crop", "version": 3},
+         "policy": {"size": 160, "store": 176, "fit": "crop", "version": 4},
          "created": "2026-01-31T12:00:00+00:00", "version": "0f343b093112", "sha256": "0f343b0931126a20" * 4,
          "licence": "BSD-3-Clause", "size": 160, "precision": "fp32", "engine": "onnxruntime 1.32.0",
          "batch": 1, "workers": 2, "limits": asdict(UPLOAD)}
