@@ -97,9 +97,15 @@ def kill_in_training(folder: Path, worker: subprocess.Popen[bytes], beside: int 
     while time.monotonic() < end:
         mine = [x for x, _, pid in read_log(folder) if pid == worker.pid]
         if mine and len({pid for _, _, pid in read_log(folder)}) > beside:
-            worker.send_signal(signal.SIGKILL)
-            worker.wait()
-            return [x for x, _, pid in read_log(folder) if pid == worker.pid][-1]
+            worker.send_signal(signal.SIGSTOP)
+            time.sleep(0.01)
+            x, epoch = [(x, epoch) for x, epoch, pid in read_log(folder) if pid == worker.pid][-1]
+            checkpoint = folder / f"{x}.txt"
+            if not checkpoint.exists() or int(checkpoint.read_text()) < epoch:  # in an epoch, not between two trials
+                worker.kill()
+                worker.wait()
+                return x
+            worker.send_signal(signal.SIGCONT)
         time.sleep(0.01)
     raise AssertionError("the worker never came to train")
 
