@@ -247,6 +247,10 @@ def show_plan(
     run.write("plan", asdict(plan) | {"entrants": table})
 
 # %% ../nbs/07_pipeline.ipynb #b96d94d9
+def _lets_folds_judge(request: Request, run: Run) -> bool:
+    return run.read("baseline")["pretrained"] and request.space == Request.space and is_small(run)
+
+# %% ../nbs/07_pipeline.ipynb #d1050c91
 def replan(
     request: Request,  # what the user asked for
     run: Run,  # after the baseline
@@ -256,7 +260,7 @@ def replan(
     """Plan the rest of the time from what the race measured."""
     baseline, splits = run.read("baseline"), run.read("data")["splits"]
     entrants = [Entrant(**entry) for entry in baseline["entrants"]]
-    pictures, few = splits["test"] + splits["validation"] / 2, baseline["pretrained"] and is_small(run)
+    pictures, few = splits["test"] + splits["validation"] / 2, _lets_folds_judge(request, run)
     rest = max(0.0, left - reserve(pictures, max(entrant.forward for entrant in entrants)))
     seen = 4 * (splits["train"] + splits["validation"]) if few else splits["train"]  # five folds, 4/5 each
     args, pretrained = (entrants, max(1, seen), rest), baseline["pretrained"]
@@ -264,7 +268,7 @@ def replan(
     why = f"few pictures, so known settings and folds; {plan.why}" if few else plan.why
     return replace(plan, why=why), rest, plan_table(*args, pretrained)
 
-# %% ../nbs/07_pipeline.ipynb #d1050c91
+# %% ../nbs/07_pipeline.ipynb #1b21090b
 def plan_step(
     step: str,  # a key of `STEPS`
     request: Request,  # what the user asked for
@@ -275,8 +279,8 @@ def plan_step(
     if step == "data":
         names = ("source", "seed", "label_column", "group_column", "fix", "review")
         return {name: getattr(request, name) for name in names}
-    few = step in ("baseline", "tune", "train") and is_small(run)
-    request = replace(request, batch_size=request.batch_size or (FEW_BATCH if few else BATCH))
+    chosen = FEW_BATCH if is_small(run) else BATCH
+    request = replace(request, batch_size=request.batch_size or chosen)
     if step == "baseline":
         return plan_baseline(request, left)
     if step in ("tune", "train"):
@@ -284,7 +288,7 @@ def plan_step(
         if step == "train":
             tuned = run.read("tune", {}).get("config", {}).get("augmentation", "flip")
             plain = run.read("baseline")["pretrained"] and request.space == "standard" and tuned == "flip"
-            return plan_train(request, plan, rest, plain, few and run.read("baseline")["pretrained"])
+            return plan_train(request, plan, rest, plain, _lets_folds_judge(request, run))
         show_plan(run, plan, table)
         chosen = next(row for row in table if row["name"] == f"{plan.backbone} {plan.size}")
         return plan_tune(request, plan, chosen["train"], run.read("data")["splits"]["train"])

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .champion import Candidate, worth
+from .champion import Candidate, standard_error, worth
 from .core import Run
 
 # %% ../nbs/01gb_plan.ipynb #85778b3e
@@ -49,10 +49,6 @@ class Entrant:
                          seconds=self.seconds, reason=self.reason)
 
 # %% ../nbs/01gb_plan.ipynb #534b4812
-def _error(figures: dict[str, Any]) -> float:
-    return (figures["high"] - figures["low"]) / (2 * 1.96)
-
-# %% ../nbs/01gb_plan.ipynb #ef203c44
 def drop(
     entrants: list[Entrant],  # after a round
     pictures: int,  # to be seen in the end
@@ -63,7 +59,7 @@ def drop(
     best = max(running, key=lambda e: worth(e.figures))
     def judge(entrant: Entrant) -> Entrant:
         gap = worth(best.figures) - worth(entrant.figures)
-        doubt = math.hypot(_error(best.figures), _error(entrant.figures))
+        doubt = math.hypot(standard_error(best.figures), standard_error(entrant.figures))
         need = (pictures - entrant.pictures) / entrant.forward
         if entrant is best or entrant.reason:
             return entrant
