@@ -274,6 +274,10 @@ def _judge(training: Training, validation: Images) -> dict[str, Any]:
 # %% ../nbs/01e_learner.ipynb #2f40fc9b
 def _fit(training: Training, train: Images, validation: Images | None, save: Callable[[], None],
          on_epoch: Callable[[Training], None]) -> None:
+    if training.history and not training.losses:  # perhaps killed before its last epoch was told
+        if validation is not None:
+            _judge(training, validation)
+        on_epoch(training)
     while training.losses or (len(training.history) < training.config.epochs and training.progress() < 1):
         entry = {"epoch": len(training.history) + 1} | train_one_epoch(training, train, save)
         entry |= _judge(training, validation) if validation is not None else {}
@@ -308,6 +312,4 @@ def fit(
         if error.code == "interrupted":
             save()
         raise
-    if validation is not None and training.logits is None:  # resumed after its last epoch
-        _judge(training, validation)
     return training

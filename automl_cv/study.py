@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -27,7 +28,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .core import AutomlError, Run, atomic_path, check_stop, home, write_json
-from .trials import FINISHED, Halving, continue_trial, live_trials
+from .trials import FINISHED, Halving, continue_trial, live_trials, places
 
 # %% ../nbs/02b_study.ipynb #9bbb14c8
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats and plots, since Optuna 2
@@ -65,34 +66,32 @@ def _connect(url: str, heartbeat: int, attempts: int = 8) -> RDBStorage:
 
 # %% ../nbs/02b_study.ipynb #e496e85b
 class NumberedSampler(BaseSampler):
-    """TPE, seeded anew for each trial by its number."""
+    """TPE, seeded anew for each draw by the trial's place and the parameter's name."""
 
     def __init__(
         self,
         seed: int = 0,  # of the study
         startup: int = 5,  # trials that are drawn at random before the model takes over
     ):
-        self.seed, self.startup, self.inner = seed, startup, TPESampler(seed=seed)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Seed the sampler."""
-        seed = hash((self.seed, trial.number)) % 2**32
-        self.inner = TPESampler(seed=seed, n_startup_trials=self.startup)
+        self.seed, self.startup = seed, startup
 
     def infer_relative_search_space(self, study: optuna.Study,
                                     trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Find the parameters that are drawn together."""
-        return self.inner.infer_relative_search_space(study, trial)
+        """Find the parameters that are drawn together: none."""
+        return {}
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial,
                         search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        """Draw parameters together."""
-        return self.inner.sample_relative(study, trial, search_space)
+        """Draw parameters together: none."""
+        return {}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str,
                            param_distribution: BaseDistribution) -> Any:
         """Draw one parameter."""
-        return self.inner.sample_independent(study, trial, param_name, param_distribution)
+        place = places(study.get_trials(deepcopy=False))[trial.number]
+        seed = zlib.crc32(f"{self.seed} {place} {param_name}".encode())
+        inner = TPESampler(seed=seed, n_startup_trials=self.startup)
+        return inner.sample_independent(study, trial, param_name, param_distribution)
 
 # %% ../nbs/02b_study.ipynb #4a94c750
 def _study_name(run: Run) -> str:
@@ -145,7 +144,7 @@ def requeue_dead(
             with suppress(UpdateFinishedTrialError):  # another worker saw it too
                 study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     failed = [trial for trial in live_trials(study.get_trials(deepcopy=False))
-              if trial.state == TrialState.FAIL and (trial.params or "fixed_params" in trial.system_attrs)]
+              if trial.state == TrialState.FAIL and "spare" not in trial.user_attrs]
     for trial in failed:
         continue_trial(study, trial)
     return len(failed)
@@ -167,6 +166,7 @@ def _own(study: optuna.Study, objective: Callable[[Trial], float], wanted: int,
             study._storage.record_heartbeat(trial._trial_id)  # without a first one, silence is not noticed
             trial.set_user_attr("owner", [socket.gethostname(), os.getpid()])
             if _is_spare(study, trial.number, wanted):
+                trial.set_user_attr("spare", True)
                 raise _Spare
             return objective(trial)
         except UpdateFinishedTrialError:

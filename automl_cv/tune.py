@@ -79,8 +79,9 @@ def _on_epoch(search: Search, trial: Trial, record: Record,
         trial.set_user_attr("history", history)
         trial.report(search.worth(entry), epoch)
         record.log_metrics(entry, step=epoch)
-        say(f"  trial {trial.number} epoch {epoch}/{config.epochs}: validation "
-            f"{TASKS[config.task].title} {100 * headline(entry):.1f} %")
+        if epoch > len(past):  # else it was said before the pause
+            say(f"  trial {trial.number} epoch {epoch}/{config.epochs}: validation "
+                f"{TASKS[config.task].title} {100 * headline(entry):.1f} %")
         if trial.should_prune():
             trial.set_user_attr("paused", epoch)
             raise optuna.TrialPruned(f"halving: outside the best third after epoch {epoch}")
@@ -153,11 +154,12 @@ def affordable_epochs(
     return left / np.quantile(costs, 0.75) if costs else math.inf
 
 # %% ../nbs/03_tune.ipynb #7cbf32a0
-def _is_ready(study: optuna.Study, search: Search, left: float) -> bool:
+def _is_ready(study: optuna.Study, search: Search, known: dict[str, dict[str, Any]], left: float) -> bool:
     epochs, done = affordable_epochs(study, left), finished_trials(study)
     if epochs < min(2, search.max_epochs) and any(trial.state == TrialState.COMPLETE for trial in done):
         say(f"  time is up after {len(done)} trials")
         return False
+    enqueue_known(study, known)
     promote_paused(study, lambda trial: search.checkpoint(Config(**trial.user_attrs["config"])).exists()
                    and trial.user_attrs["epochs"] - trial.user_attrs["paused"] <= epochs)
     return True
@@ -170,8 +172,7 @@ def search_trials(
     seconds: float = 0.0,  # time limit; 0 for none
 ) -> None:
     """Run trials, beside any other workers, until enough have finished. Raises AutomlError interrupted."""
-    known = known_params(search.base, search.max_epochs, search.space)
-    enqueue_known(study, dict(list(known.items())[:trials]))
+    known = dict(list(known_params(search.base, search.max_epochs, search.space).items())[:trials])
     deadline = time.monotonic() + seconds - spent_seconds(study) if seconds else math.inf
 
     def objective(trial: Trial) -> float:
@@ -179,7 +180,7 @@ def search_trials(
         if "continues" not in trial.user_attrs:
             longest = int(min(longest, max(1.0, affordable_epochs(study, left))))
         return run_trial(replace(search, max_epochs=longest), trial, max(left, 1.0) if seconds else 0.0)
-    run_trials(study, objective, trials, lambda: _is_ready(study, search, deadline - time.monotonic()))
+    run_trials(study, objective, trials, lambda: _is_ready(study, search, known, deadline - time.monotonic()))
 
 # %% ../nbs/03_tune.ipynb #dee8e4e8
 def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:

@@ -145,6 +145,17 @@ def test_killed_workers_lose_nothing(tmp_path, url):
     assert {repr(trial.params["x"]) for trial in study.trials if trial.state.name == "FAIL"} == set(killed)
 
 
+def test_lone_worker_that_is_killed_tries_what_it_would_have_tried(tmp_path, url):
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    for folder in (killed, straight):
+        folder.mkdir()
+    cut = [kill_in_training(killed, start(killed, url, 9, 0.05)) for _ in range(4)]
+    assert [start(killed, url, 9, 0.0).wait(300), start(straight, url, 9, 0.0).wait(300)] == [0, 0]
+    ends = [[(trial.params["x"], trial.value) for trial in finished_trials(check(folder, url, 9, again))]
+            for folder, again in ((killed, cut), (straight, []))]
+    assert ends[0] == ends[1]
+
+
 def test_worker_of_another_machine_is_missed_by_its_heartbeat(tmp_path, url):
     far = start(tmp_path, url, 3, 0.2, 1, "elsewhere")
     killed = kill_in_training(tmp_path, far)
