@@ -9,6 +9,7 @@ __all__ = ['EXPERIMENT', 'tracking_uri', 'connect', 'Record', 'child', 'tracked_
 import fcntl
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,17 +32,31 @@ from .core import AutomlError, Run, hash_file, home, read_json
 EXPERIMENT = "automl_cv"
 
 # %% ../nbs/01f_tracking.ipynb #e4e85fb7
+def _own_file() -> Path:
+    return (home() / "mlflow.db").resolve()
+
+# %% ../nbs/01f_tracking.ipynb #efb63ac9
 def tracking_uri() -> str:
     """Return where MLflow keeps its records: MLFLOW_TRACKING_URI, or a SQLite file in the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home() / 'mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_file()}"
 
 # %% ../nbs/01f_tracking.ipynb #88fcb84c
+def _make_tables(path: Path) -> None:
+    for left in path.parent.glob(".mlflow-*"):  # of a process that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
+        MlflowClient(f"sqlite:///{folder}/{path.name}").search_experiments()
+        Path(folder, path.name).replace(path)
+
+# %% ../nbs/01f_tracking.ipynb #d615ab5c
 def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
     """Connect to MLflow, making the database and the experiment where they are missing."""
     home().mkdir(parents=True, exist_ok=True)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
     with (home() / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if tracking_uri() == f"sqlite:///{_own_file()}" and not _own_file().exists():
+            _make_tables(_own_file())
         client = MlflowClient(tracking_uri())
         if found := client.get_experiment_by_name(EXPERIMENT):
             return client, found.experiment_id

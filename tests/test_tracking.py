@@ -1,6 +1,11 @@
 """MLflow's database is made once, however many processes ask for it."""
 
+import os
+import signal
+import time
 from multiprocessing import get_context
+
+import pytest
 
 from automl_cv.tracking import connect
 
@@ -21,3 +26,17 @@ def test_two_processes_make_the_database_at_once(tmp_path, monkeypatch):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert found.get(timeout=9) == found.get(timeout=9) == connect()[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_killed_while_it_makes_the_database(tmp_path, monkeypatch, share):
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    worker = get_context("fork").Process(target=connect)
+    worker.start()
+    while not any(path.stat().st_size > share * 700_000 for path in tmp_path.rglob("mlflow.db")):
+        assert worker.is_alive()
+        time.sleep(0.002)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL and connect()[1] == connect()[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.lock"}
