@@ -49,6 +49,10 @@ class Entrant:
                          seconds=self.seconds, reason=self.reason)
 
 # %% ../nbs/01gb_plan.ipynb #534b4812
+def _score(figures: dict[str, Any]) -> float:
+    return next(figures[name] for name in ("accuracy", "map") if name in figures)  # it has an interval
+
+# %% ../nbs/01gb_plan.ipynb #f2d5ec5d
 def drop(
     entrants: list[Entrant],  # after a round
     pictures: int,  # to be seen in the end
@@ -58,7 +62,7 @@ def drop(
     running = [e for e in entrants if not e.reason]
     best = max(running, key=lambda e: worth(e.figures))
     def judge(entrant: Entrant) -> Entrant:
-        gap = worth(best.figures) - worth(entrant.figures)
+        gap = _score(best.figures) - _score(entrant.figures)
         doubt = math.hypot(standard_error(best.figures), standard_error(entrant.figures))
         need = (pictures - entrant.pictures) / entrant.forward
         if entrant is best or entrant.reason:
@@ -135,7 +139,7 @@ def outlook(
 ) -> float:  # 0 to 1
     """Guess what accuracy, or mAP, an entrant can reach."""
     scope, epochs = affordable(entrant, pictures, seconds, pretrained)
-    error = 1 - next(entrant.figures[name] for name in ("accuracy", "map") if name in entrant.figures)
+    error = 1 - _score(entrant.figures)
     return 1 - expected_error(error, min(epochs, ENOUGH[pretrained]), scope)
 
 # %% ../nbs/01gb_plan.ipynb #b07b3155
