@@ -7,6 +7,7 @@ __all__ = ['MAX_ENTRIES', 'MAX_UNPACKED', 'MAX_RATIO', 'MAX_DIRECTORY', 'LZMA_ME
 
 # %% ../nbs/00d_archives.ipynb #a1d64037
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -111,6 +112,10 @@ def _zip_entries(path: Path) -> tuple[list[zipfile.ZipInfo], int]:
             return archive.infolist(), archive.start_dir
     except AutomlError:
         raise
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # of this process, not of the archive
+        raise _bad(path) from None
     except Exception:  # zipfile raises BadZipFile, OSError, ValueError, struct.error and more
         raise _bad(path) from None
 

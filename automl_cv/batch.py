@@ -58,7 +58,8 @@ def safe_cell(
 ) -> str:
     """Return a cell that no spreadsheet takes for a formula and every reader of UTF-8 can read."""
     text = text.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
+    line = text.replace("\r", "\\r").replace("\n", "\\n")  # else some readers see two rows
+    return f"'{line}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else line
 
 # %% ../nbs/04d_batch.ipynb #596f5b16
 def table_columns(

@@ -54,7 +54,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.2, 30.0  # seconds
 def _pause(error: Exception, tried: int) -> float | None:
     asked = ""
     if isinstance(error, urllib.error.HTTPError):
-        if error.code != 503:
+        if error.code not in (429, 503):  # Cloud Run says the first where no instance is free
             return None
         asked = error.headers.get("Retry-After", "")
     elif not isinstance(getattr(error, "reason", error), (ConnectionError, HTTPException)):

@@ -85,7 +85,7 @@ def is_host(
 def _refusal(request: Request, error: AutomlError) -> Response:
     if error.status != 401:
         return problem_response(request, error.problem())
-    asks = request.method == "GET" and wants_page(request)
+    asks = request.method == "GET" and request.url.path == "/model" and wants_page(request)
     reply = show("locked.html", request) if asks else problem_response(request, error.problem())
     reply.status_code, reply.headers["WWW-Authenticate"] = 401, "Bearer"
     return reply

@@ -16,6 +16,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -74,13 +75,13 @@ def loaded(
 # %% ../nbs/05dd_life.ipynb #afe37cc4
 def stamp(
     where: str,  # a bundle, perhaps absent
-) -> tuple[int, ...]:  # changes whenever the bundle does; empty where there is none
+) -> tuple[tuple[str | int, ...], ...]:  # changes whenever the bundle does; empty where there is none
     """Tell one state of a folder from another without reading it."""
     try:
-        found = (bundle_place(where) / "model.json").stat()
+        files = [(path.name, path.stat()) for path in sorted(bundle_place(where).iterdir())]
     except OSError:
         return ()
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return tuple((name, found.st_mtime_ns, found.st_ino, found.st_size) for name, found in files)
 
 # %% ../nbs/05dd_life.ipynb #17232523
 def trim_memory() -> bool:  # whether there was any
@@ -89,11 +90,15 @@ def trim_memory() -> bool:  # whether there was any
     return bool(trim and trim(0))
 
 # %% ../nbs/05dd_life.ipynb #0c6faab7
+def _is_address(where: str) -> bool:
+    return bundle_place(where) != Path(where)
+
+# %% ../nbs/05dd_life.ipynb #0281edc6
 def _load_whole(where: str, tries: int = 10) -> Predictor | None:
     fresh = None
     for _ in range(tries):
         before, fresh = stamp(where), load(where)
-        if before and before == stamp(where):
+        if before and before == stamp(where) or _is_address(where):  # that was copied and checked in one go
             break
     trim_memory()
     return fresh
@@ -124,8 +129,7 @@ async def swap(
         return fresh is not None
 
 # %% ../nbs/05dd_life.ipynb #e2b3087a
-async def _watch(app: FastAPI, seconds: float) -> None:
-    seen = stamp(app.state.where)
+async def _watch(app: FastAPI, seconds: float, seen: tuple[tuple[str | int, ...], ...]) -> None:
     while True:
         await asyncio.sleep(seconds)
         if (now := stamp(app.state.where)) and now != seen:
@@ -166,9 +170,11 @@ async def lifespan(
     state, seconds = app.state, read_number("AUTOML_CV_WATCH", float)
     state.spans.open()
     state.where, state.swapping = state.bundle or default_bundle(), asyncio.Lock()
+    seen = stamp(state.where)
     state.predictor = await _load_apart(state.where, 1)
     state.pool = Pool(count_workers(state.predictor))
-    watch = asyncio.ensure_future(_watch(app, seconds)) if seconds else None
+    watches = seconds and not _is_address(state.where)
+    watch = asyncio.ensure_future(_watch(app, seconds, seen)) if watches else None
     try:
         with _swap_on_hangup(app):
             yield

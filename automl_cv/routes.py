@@ -102,7 +102,7 @@ class _Rows(StreamingResponse):
 # %% ../nbs/05de_routes.ipynb #2b00d5f7
 @programs.post("/predict/batch", openapi_extra=UPLOADS, responses=ROWS | failures(
     "missing_file", "file_too_large", "bad_archive", "empty_archive", "too_many_files", "archive_too_large",
-    "password_protected", "overlapping_entries", "wrong_parameter_type", "not_ready", "busy"),
+    "password_protected", "overlapping_entries", "wrong_parameter_type", "too_slow", "not_ready", "busy"),
     response_class=StreamingResponse)
 async def predict_batch(
     request: Request,  # a form with any number of files, or a body that is one zip
@@ -126,7 +126,7 @@ async def predict_batch(
 
 # %% ../nbs/05de_routes.ipynb #6596e7b2
 def _named(app: FastAPI, name: str) -> Predictor:
-    predictor = check_ready(app)
+    predictor = loaded(app)
     if name != predictor.info["name"]:
         raise AutomlError("bundle_not_found", "There is no model of this name here.", "See /model.")
     return predictor
@@ -179,6 +179,7 @@ async def v2_model_ready(
     name: str,  # the model's, as /model tells it
 ) -> dict[str, Any]:
     """Say that one model is loaded and checked."""
+    check_ready(request.app)
     return {"name": _named(request.app, name).info["name"], "ready": True}
 
 # %% ../nbs/05de_routes.ipynb #459a78e9

@@ -114,3 +114,15 @@ def test_tasks_share_a_folder(bundle, pictures, tmp_path):
     found = [[Path(row["file"]).name for row in read(tmp_path / f"a-{n}-of-3.csv")] for n in (1, 2, 3)]
     assert found[0] == ["00000.png", "00003.png", "00006.png", "00009.png"]
     assert sorted(sum(found, [])) == [f"{index:05}.png" for index in range(10)]
+
+
+def test_tables_of_other_tasks_are_no_pictures(bundle, pictures, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in sorted(pictures.iterdir())[:4]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    for task in (0, 1, 0):
+        words = ("--csv", folder / "a.csv", "--tasks", 2, "--task", task)
+        assert start(bundle, folder, *words).wait(60) == 0
+    found = [[Path(row["file"]).name for row in read(folder / f"a-{n}-of-2.csv")] for n in (1, 2)]
+    assert found == [["00000.png", "00002.png"], ["00001.png", "00003.png"]]

@@ -378,6 +378,7 @@ def test_a_batch_of_several_labels(open_page, start, plain, tmp_path):
         page.set_input_files("#files", [picture(plain, colour) for colour in ("yellow", "black", "red")])
         page.wait_for_selector("#download:enabled")
         assert page.locator("#rows .answer").all_inner_texts() == ["red, green", "none of the labels", "red"]
+        assert [row[1] for row in download(page)] == ["label", "red|green", "", "red"]
         page.select_option("#label", "=green")
         page.wait_for_selector("text=Download CSV (1 of 3 rows)")
         assert page.locator("#rows tr:visible .file").all_inner_texts() == ["yellow.png"]

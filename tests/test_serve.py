@@ -210,6 +210,23 @@ def test_swaps_under_load_fail_nobody(start, tmp_path, plain):
     assert set(named) == {(versions[0], False), (versions[1], True)}
 
 
+def test_watched_bundle_that_arrives_file_by_file(start, tmp_path, plain):
+    from automl_cv.export import colour_bundle
+
+    fresh = colour_bundle(tmp_path / "fresh", "multilabel")
+    with start(colour_bundle(tmp_path / "served"), AUTOML_CV_WATCH="0.2") as server:
+        names = ["model.json", *sorted(path.name for path in fresh.iterdir() if path.name != "model.json")]
+        for name in names:
+            time.sleep(0.7)  # some looks fall between two files
+            shutil.copyfile(fresh / name, tmp_path / "served" / name)
+        for _ in range(50):
+            time.sleep(0.2)
+            answer = httpx.post(f"{server.url}/predict", content=plain("red")).json()
+            if "labels" in answer:
+                break
+    assert "labels" in answer
+
+
 def test_journal_has_a_line_for_each_request(start, bundle, plain):
     digest = hashlib.sha256(b"a long secret").hexdigest()
     trace = {"X-Cloud-Trace-Context": "105445aa7843bc8bf206b12000100000/1;o=1", "X-API-Key": "a long secret"}

@@ -146,8 +146,7 @@ function toTrouble(error) {
   return new Trouble("The answer could not be read", "Try again.", { code: "broken_answer" });
 }
 
-async function ask(file) {
-  const { signal } = stop;
+async function ask(file, signal) {
   for (let turn = 1; ; turn += 1) {
     try {
       return await classify(file, { topK: classes.length || 1, maxBytes, signal });
@@ -158,10 +157,10 @@ async function ask(file) {
   }
 }
 
-async function work(row) {
-  const drawn = drawThumbnail(row.element.querySelector("canvas"), row.file);
+async function work(row, signal) {
+  const drawn = signal.aborted || drawThumbnail(row.element.querySelector("canvas"), row.file);
   try {
-    [row.found, row.trouble] = [await ask(row.file), undefined];
+    [row.found, row.trouble] = [await ask(row.file, signal), undefined];
   } catch (error) {
     [row.found, row.trouble] = [undefined, toTrouble(error)];
   }
@@ -188,12 +187,12 @@ async function takesZips() {
   return "/predict/batch" in (await reply.json()).paths;
 }
 
-async function workZip({ file, name }) {
+async function workZip({ file, name }, signal) {
   try {
     if (!(await takesZips())) {
       return complain("This service takes no zip files", `Unpack ${name} and drop the folder.`);
     }
-    const reply = await post(`predict/batch?top_k=${classes.length || 1}`, "files", [file], stop.signal);
+    const reply = await post(`predict/batch?top_k=${classes.length || 1}`, "files", [file], signal);
     const lines = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
@@ -223,7 +222,8 @@ async function run() {
 
 function start(jobs) {
   if (stop.signal.aborted) stop = new AbortController();
-  queue.push(...jobs);
+  const { signal } = stop; // the one of now: what was stopped stays so when more is dropped
+  for (const job of jobs) queue.push(() => job(signal)); // spread, a hundred thousand would be too many
   for (let i = 0; i < AT_ONCE; i += 1) run();
   refresh();
 }
@@ -234,9 +234,9 @@ function take(items) {
   leftOut += items.length - wanted.length;
   if (!wanted.length) return complain("That was no file", "Drop pictures, a folder with pictures, or a zip of them.");
   start(wanted.map(({ file, name }) => {
-    if (isZip(name)) return () => workZip({ file, name });
+    if (isZip(name)) return (signal) => workZip({ file, name }, signal);
     const row = addRow(name, file);
-    return () => work(row);
+    return (signal) => work(row, signal);
   }));
 }
 
@@ -251,7 +251,7 @@ find("retry").addEventListener("click", () => {
     row.trouble = undefined;
     drawRow(row);
   }
-  start(failed.map((row) => () => work(row)));
+  start(failed.map((row) => (signal) => work(row, signal)));
 });
 find("download").addEventListener("click", () => {
   save(writeCsv(refresh(), classes, ranking), "answers.csv", "text/csv");

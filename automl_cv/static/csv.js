@@ -7,13 +7,19 @@ const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}
 
 const line = (cells) => `${cells.map((cell) => quote(typeof cell === "string" ? safe(cell) : String(cell))).join(",")}\r\n`;
 
+const OWN = ["file", "label", "confidence", "error"];
+
+// As the service's own tables do it: of several labels all, and nothing where there is none.
+const named = (found) => (found.labels ? found.labels.map((share) => share.label).join("|") : found.label);
+
 /** Write rows of {name, found} or {name, trouble}: file, label, confidence, one column per class, error. */
 export function writeCsv(rows, classes, ranking) {
-  const head = line(["file", "label", "confidence", ...classes, "error"]);
+  const columns = classes.map((label) => (OWN.includes(label) ? `class ${label}` : label));
+  const head = line(["file", "label", "confidence", ...columns, "error"]);
   const body = rows.map(({ name, found, trouble }) => {
     const shares = new Map((found ? ranking(found) : []).map((share) => [share.label, share.probability]));
     const figures = classes.map((label) => shares.get(label) ?? "");
-    return line([name, found?.label ?? "", found?.confidence ?? "", ...figures, trouble?.code ?? ""]);
+    return line([name, found ? named(found) : "", found?.confidence ?? "", ...figures, trouble?.code ?? ""]);
   });
   return head + body.join("");
 }

@@ -12,7 +12,9 @@ async function walk(entry) {
   for (;;) { // a folder is read in parts of at most 100
     const part = await new Promise((done, fail) => reader.readEntries(done, fail)).catch(() => []);
     if (!part.length) return found;
-    for (const child of part) found.push(...(await walk(child)));
+    for (const child of part) {
+      for (const file of await walk(child)) found.push(file); // spread, a hundred thousand would be too many
+    }
   }
 }
 

@@ -5,9 +5,10 @@ const [form, field, state] = ["key-form", "key", "key-state"].map((id) => docume
 
 // A browser cannot send a key when it follows a link, so a page that needs one is fetched with it.
 async function unlock() {
-  const reply = await fetch(location.href, { headers: { Accept: "text/html", ...keyHeader() } });
-  if (!reply.ok) {
-    state.textContent = "The service does not know this key.";
+  const reply = await fetch(location.href, { headers: { Accept: "text/html", ...keyHeader() } }).catch(() => null);
+  if (!reply?.ok) {
+    state.textContent =
+      reply?.status === 401 ? "The service does not know this key." : "The service did not answer. Try again.";
     return;
   }
   const page = new DOMParser().parseFromString(await reply.text(), "text/html");
