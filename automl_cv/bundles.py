@@ -65,7 +65,8 @@ def write_bundle(
              "data": {"images": data["splits"]["train"], "fingerprint": data["fingerprint"]}}
     calibration = JUDGES[config.task].calibrate(shipment.logits, shipment.targets, shipment.target_accuracy)
     policy = make_policy(config.transforms, config.size)
-    outliers = learn_outliers(model.eval(), shipment.train, config.size) if shipment.train else None
+    enough = shipment.train and len(shipment.train) > 2  # else there is no spread to learn
+    outliers = learn_outliers(model.eval(), shipment.train, config.size) if enough else None
     info = export_bundle(model, folder, data["classes"], policy, facts, calibration, config.task, outliers)
     check_bundle(folder, model, config)
     return info

@@ -210,6 +210,11 @@ def _replace(run: Run, candidate: Candidate, write: Callable[[Path], Any], limit
     return cost
 
 # %% ../nbs/01g_champion.ipynb #7ad81524
+def _ships(run: Run, name: str) -> bool:
+    path = run.bundle / "model.json"
+    return path.exists() and read_json(path).get("candidate") == name
+
+# %% ../nbs/01g_champion.ipynb #6fef69ac
 def offer(
     run: Run,  # keeps bundle and leaderboard
     candidate: Candidate,  # with figures
@@ -222,7 +227,8 @@ def offer(
         found = _replace(run, candidate, write, limits) if better else _known_cost(run, candidate)
         won = better and "reason" not in found
         candidate = Candidate(**asdict(candidate) | found)
-        _write_row(run, candidate)
+        if won or not _ships(run, candidate.name):  # a later epoch that is worse leaves the row as it ships
+            _write_row(run, candidate)
     if won:
         metric = candidate.figures["metric"]
         say(f"  champion: {candidate.name}, validation {METRICS[metric]} {candidate.figures[metric]:.4f}, "

@@ -65,7 +65,7 @@ def _open_block(path: Path) -> np.ndarray | None:  # None where it is gone or da
 
 # %% ../nbs/01c_features.ipynb #f67c5cf4
 def _find(folder: Path, names: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    opened = map(_open_block, sorted(folder.absolute().glob("*.npy")))
+    opened = map(_open_block, sorted(folder.absolute().glob("[!.]*.npy")))
     blocks = [block for block in opened if block is not None]
     known = (name for block in blocks for name in block["name"].tolist())
     places = {name: place for place, name in enumerate(known)}
@@ -96,7 +96,7 @@ def _extract(extract: Extractor, batch: int, images: Rows | np.ndarray, names: n
 
 # %% ../nbs/01c_features.ipynb #d503b42b
 def _make_room(kept: Path) -> None:
-    files = by_age(home() / "cache", "features-*/*.npy")
+    files = by_age(home() / "cache", "features-*/[!.]*.npy")  # others' drafts begin with a dot
     used = sum(size for _, size, _ in files)
     bound = cache_bound(10 * used) / 10
     for _, size, path in files:
@@ -122,6 +122,6 @@ def feature_bank(
         _extract(extract, light_batch(model, size), images.at(size), names, missing, folder, view)
         blocks, places = _find(folder, names)
         _make_room(folder)
-    for path in folder.glob("*.npy"):
+    for path in folder.glob("[!.]*.npy"):
         touch(path)
     return _gather(blocks, places, model.head.in_features)

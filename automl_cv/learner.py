@@ -52,6 +52,7 @@ class Training:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     logits: np.ndarray | None = None  # of the validation pictures after the last epoch, float32 [N, C]
     clock: float = field(default_factory=time.monotonic)  # of the last `tick`
+    again: bool = False  # whether the last epoch is told once more, after a resume
 
     def tick(self) -> None:
         """Count the time since the last call."""
@@ -277,7 +278,9 @@ def _fit(training: Training, train: Images, validation: Images | None, save: Cal
     if training.history and not training.losses:  # perhaps killed before its last epoch was told
         if validation is not None:
             _judge(training, validation)
+        training.again = True
         on_epoch(training)
+        training.again = False
     while training.losses or (len(training.history) < training.config.epochs and training.progress() < 1):
         entry = {"epoch": len(training.history) + 1} | train_one_epoch(training, train, save)
         entry |= _judge(training, validation) if validation is not None else {}
@@ -286,6 +289,8 @@ def _fit(training: Training, train: Images, validation: Images | None, save: Cal
         save()
         on_epoch(training)
         training.tick()
+        if training.seconds and training.progress() >= 1:  # else a resume goes on
+            save()
 
 # %% ../nbs/01e_learner.ipynb #aa92b347
 def fit(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answers', 'starts_training', 'Found', 'view_banks', 'search_head', 'pair_grid', 'Terms', 'offer_model', 'first_model',
-           'save_head', 'find_head', 'load_head', 'best_head']
+           'save_head', 'find_head', 'load_head', 'refit_head', 'best_head']
 
 # %% ../nbs/01k_probes.ipynb #5be15c68
 import time
@@ -77,6 +77,9 @@ def search_head(
     banks = view_banks(model, images, size, views)
     table, logits = search_heads(banks, images.targets, classes, folds, list(grid), seconds,
                                  track.metric or "loss")
+    if table.empty:  # the time ran out before any was judged
+        grid = (HeadConfig(banks=views),)
+        table, logits = search_heads(banks, images.targets, classes, folds, list(grid))
     best = grid[table.index[0]]
     start = next((grid[i] for i in table.index if starts_training(grid[i])), best)
     head = fit_head(banks, images.targets, classes, best)
@@ -177,6 +180,20 @@ def load_head(
         return None
     with np.load(run.path / "head.npz", allow_pickle=False) as file:
         return Head(file["weight"], file["bias"])
+
+# %% ../nbs/01k_probes.ipynb #c12d0315
+def refit_head(
+    track: Track,  # what a race shares
+    config: Config,  # names backbone and size
+    images: Images,  # what the head may see
+) -> Head | None:  # None where there is none for this network
+    """Fit the head that fine-tuning starts from to other pictures than it was chosen on."""
+    chosen = find_head(track.run, config.backbone, config.size)
+    if not chosen:
+        return None
+    classes = len(track.run.read("data")["classes"])
+    model = create_model(config.backbone, classes, config.pretrained, config.seed)
+    return fit_head(np.asarray(feature_bank(model, images, config.size)), images.targets, classes, chosen)
 
 # %% ../nbs/01k_probes.ipynb #11e1ae9f
 def _offer_head(track: Track, config: Config, model: Classifier, terms: Terms, name: str, seconds: float,

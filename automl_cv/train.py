@@ -17,12 +17,9 @@ from .champion import METRICS, Candidate, Limits, draw_leaderboard, require_cham
 from .core import AutomlError, Run, atomic_path, read_json, say
 from .data import open_step
 from .export import quantise_bundle
-from .features import feature_bank
-from .heads import Head, fit_head
 from .learner import Config, Training, fit
-from .models import create_model
 from .plan import is_small
-from .probes import Terms, find_head, load_head, offer_model
+from .probes import Terms, load_head, offer_model, refit_head
 from .race import Track, folds_of
 from .soup import mean_weights
 from .tracking import Record, register, tracked_step
@@ -55,8 +52,9 @@ def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.n
 def _tell(training: Training, record: Record) -> None:
     entry = training.history[-1]
     score = f", validation {METRICS[entry['metric']]} {abs(worth(entry)):.4f}" if "metric" in entry else ""
-    say(f"  epoch {entry['epoch']}/{training.config.epochs}: loss {entry['train_loss']:.3f}{score}, "
-        f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
+    if not training.again:
+        say(f"  epoch {entry['epoch']}/{training.config.epochs}: loss {entry['train_loss']:.3f}{score}, "
+            f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
     record.log_metrics(entry, step=entry["epoch"])
 
 # %% ../nbs/04_train.ipynb #6dcb1935
@@ -76,16 +74,6 @@ def train_split(
         _offer(track, training, (figures, training.logits, validation.targets), terms)
     return fit(config, train, validation, classes, run.path / "train.pt", seconds, tell,
                load_head(run, config.backbone, config.size))
-
-# %% ../nbs/04_train.ipynb #157517c4
-def _fold_head(track: Track, config: Config, images: Images) -> Head | None:
-    chosen = find_head(track.run, config.backbone, config.size)
-    if not chosen:
-        return None
-    classes = len(track.run.read("data")["classes"])
-    model = create_model(config.backbone, classes, config.pretrained, config.seed)
-    bank = feature_bank(model, images, config.size)
-    return fit_head(np.asarray(bank), images.targets, classes, chosen)
 
 # %% ../nbs/04_train.ipynb #3f592a89
 def average_folds(
@@ -112,7 +100,7 @@ def train_folds(
     logits = np.zeros((len(images), classes), np.float32)
     for fold in numbers:
         rest, asked = (images.take(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
-        path, head = run.path / f"train-fold-{fold}.pt", _fold_head(track, config, rest)
+        path, head = run.path / f"train-fold-{fold}.pt", refit_head(track, config, rest)
         trainings.append(training := fit(config, rest, asked, classes, path, share, head=head))
         logits[folds == fold] = training.logits
         say(f"  fold {len(trainings)} of {len(numbers)}: {len(training.history)} epochs")

@@ -25,7 +25,7 @@ from .data import open_step
 from .ingredients import keep_weights, offer_soup
 from .learner import Config, Training, fit
 from .plan import is_small
-from .probes import Terms, load_head, offer_model
+from .probes import Terms, load_head, offer_model, refit_head
 from .race import Track
 from .scores import JUDGES
 from .space import is_imbalanced, known_params, make_base, suggest_config
@@ -79,7 +79,7 @@ def _on_epoch(search: Search, trial: Trial, record: Record,
         trial.set_user_attr("history", history)
         trial.report(search.worth(entry), epoch)
         record.log_metrics(entry, step=epoch)
-        if epoch > len(past):  # else it was said before the pause
+        if not training.again:
             say(f"  trial {trial.number} epoch {epoch}/{config.epochs}: validation "
                 f"{TASKS[config.task].title} {100 * headline(entry):.1f} %")
         if trial.should_prune():
@@ -88,10 +88,18 @@ def _on_epoch(search: Search, trial: Trial, record: Record,
     return tell
 
 # %% ../nbs/03_tune.ipynb #5198d571
+def _past(trial: Trial) -> list[dict[str, Any]]:
+    trials, before = trial.study.trials, trial.user_attrs.get("continues")
+    while isinstance(before, int):  # one that was killed before an epoch ended has nothing to tell
+        if history := trials[before].user_attrs.get("history"):
+            return history
+        before = trials[before].user_attrs.get("continues")
+    return []
+
+# %% ../nbs/03_tune.ipynb #10573b0e
 def _train(search: Search, trial: Trial, config: Config, seconds: float, record: Record) -> Training:
-    checkpoint, before = search.checkpoint(config), trial.user_attrs.get("continues")
-    goes_on = checkpoint.exists() and isinstance(before, int)
-    past = trial.study.trials[before].user_attrs.get("history", []) if goes_on else []
+    checkpoint = search.checkpoint(config)
+    past = _past(trial) if checkpoint.exists() else []
     limit = seconds + past[-1]["elapsed"] if seconds and past else seconds
     head = {} if search.head is None else {"head": search.head}
     try:
@@ -212,6 +220,7 @@ def prepare_search(
     """Load what all trials share; finished trials are offered as the run's bundle."""
     run, classes = track.run, len(track.run.read("data")["classes"])
     train, validation = (track.images(split, base.size) for split in ("train", "validation"))
+    head = refit_head(track, base, train) if is_small(run) else load_head(run, base.backbone, base.size)
     train = train.sample(max(1, round(trial_share * len(train))), base.seed)
     def offer(name: str, training: Training) -> None:
         figures = track.score(training.logits, validation.targets)
@@ -225,7 +234,6 @@ def prepare_search(
             offer_model(track, training.config, training.averaged, answers, terms, candidate)
     def cook(config: Config, values: dict[int, float], ready: Callable[[], bool]) -> list[int]:
         return [] if is_small(run) else offer_soup(track, config, run.path / "trials", values, terms, ready)
-    head = load_head(run, base.backbone, base.size)
     return Search(run, base, train, validation, classes, max_epochs, record, space, head, track.metric, offer,
                   cook)
 
@@ -246,6 +254,7 @@ def _search(search: Search, study: optuna.Study, trials: int, seconds: float, wo
     best = study.trials[found["best_trial"]].params
     record.log_params({f"best_{name}": value for name, value in best.items()})
     record.log_metrics(found["scores"])
+    search.run.write("tune", found)  # before that goes which it was made of
     _clean_up(study, search.run)
     return found
 

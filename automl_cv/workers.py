@@ -29,11 +29,12 @@ def share_cores(
 # %% ../nbs/02d_workers.ipynb #af1f226c
 def _start(job: str, told: dict[str, Any], threads: int) -> subprocess.Popen[bytes]:
     module, function = job.split(":")
-    code = (f"import json, sys; from automl_cv.core import stop_on_signals\n"
+    code = (f"import json, sys; from automl_cv.commands import stop_on_signals, told\n"
             f"from {module} import {function}\n"
-            f"with stop_on_signals(): {function}(json.loads(sys.argv[1]))")
+            f"with told(), stop_on_signals(): {function}(json.loads(sys.argv[1]))")
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen([sys.executable, "-c", code, json.dumps(told)], env=env)
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(told)], env=env,
+                            start_new_session=True)  # Ctrl-C is the leader's, which passes it on
 
 # %% ../nbs/02d_workers.ipynb #3f8c5e9a
 @contextmanager

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from automl_cv.cli import cli
-from automl_cv.core import AutomlError, Run
+from automl_cv.core import AutomlError, Run, atomic_folder
 from automl_cv.pipeline import run_notebook
+from automl_cv.scenes import CLASSES, draw_scene
 
 TINY = ("--backbone", "small_cnn", "--scratch", "--size", "32", "--batch-size", "8", "--trials", "3",
         "--max-epochs", "3", "--time", "none")
@@ -225,3 +227,37 @@ def test_damaged_bundle_is_refused(tmp_path, bundle):
     assert (status, "[bundle_damaged]" in err, "Traceback" in err) == (3, True, False)
     status, _, err = call(tmp_path, "serve", tmp_path)
     assert (status, "[bundle_damaged]" in err, "Traceback" in err) == (3, True, False)
+
+
+def test_replaced_folder_is_there_at_every_moment(tmp_path):
+    folder, seen, done = tmp_path / "model", [], threading.Event()
+    folder.mkdir()
+
+    def look():
+        while not done.is_set():
+            seen.append(folder.exists())
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for turn in range(300):
+        with atomic_folder(folder) as draft:
+            (draft / str(turn)).touch()
+    done.set()
+    watcher.join()
+    assert len(seen) > 300 and all(seen)
+    assert [path.name for path in folder.iterdir()] == ["299"] and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_classes_of_three_pictures_are_enough_for_a_run(tmp_path):
+    for label in CLASSES[:2]:
+        for number in range(3):
+            path = tmp_path / "photos" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_scene(label, number, 64).save(path)
+    words = ("--backbone", "small_cnn", "--scratch", "--size", "32", "--time", "25s")
+    status, out, err = call(tmp_path, "run", tmp_path / "photos", "--out", tmp_path / "run", *words)
+    assert (status, "Traceback" in err) == (0, False) and "test, 2 pictures" in out
+
+
+def test_storage_that_is_none_is_refused_before_any_work(tmp_path):
+    status, _, err = call(tmp_path, "run", "demo:4", "--out", tmp_path / "run", "--storage", "postgres")
+    assert (status, "[wrong_parameter_type]" in err, "Traceback" in err) == (2, True, False)
