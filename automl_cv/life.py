@@ -207,12 +207,13 @@ class Closing:
         await self.app(scope, receive, closing)
 
 # %% ../nbs/05dd_life.ipynb #81425a44
-def last_ones(
+async def last_ones(
     door: asyncio.AbstractServer,  # is closed
 ) -> list[socket.socket]:  # connections that were made and not accepted yet
     """Close a listening server without turning away who already stands in line."""
     doors, found = [socket.socket(fileno=os.dup(own.fileno())) for own in door.sockets], []
     door.close()
+    await asyncio.sleep(0.05)
     for own in doors:
         own.setblocking(False)
         with own, suppress(BlockingIOError):
@@ -253,7 +254,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the door, let those inside speak, and finish."""
         loop, config = asyncio.get_running_loop(), self.config
-        for guest in [guest for door in self.servers for guest in last_ones(door)]:
+        for guest in [guest for door in self.servers for guest in await last_ones(door)]:
             await loop.connect_accepted_socket(lambda: config.http_protocol_class(
                 config=config, server_state=self.server_state, app_state=self.lifespan.state), guest)
         end = loop.time() + SPEAK_SECONDS
