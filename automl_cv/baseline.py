@@ -94,9 +94,10 @@ def _fine_tune(track: Track, config: Config, record: Record) -> Training:
     run, classes = track.run, len(track.run.read("data")["classes"])
     def tell(training: Training) -> None:
         entry = training.history[-1]
-        say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, validation "
-            f"{TASKS[config.task].title} {100 * headline(entry):.1f} %, "
-            f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
+        if not training.again:
+            say(f"  epoch {entry['epoch']}/{config.epochs}: loss {entry['train_loss']:.3f}, validation "
+                f"{TASKS[config.task].title} {100 * headline(entry):.1f} %, "
+                f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
         record.log_metrics(entry, step=entry["epoch"])
     images = [track.images(split, config.size) for split in ("train", "validation")]
     return fit(config, *images, classes, run.path / "baseline.pt", 0.0, tell)

@@ -153,7 +153,7 @@ def atomic_path(
 # %% ../nbs/00_core.ipynb #1c7e1d22
 def _exchange(first: Path, second: Path) -> bool:
     import ctypes
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux; -100: paths are whole, 2: exchange
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux; -100: no other folder, 2: exchange
     return bool(rename) and rename(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
 
 # %% ../nbs/00_core.ipynb #aff11142
