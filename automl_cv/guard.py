@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -121,7 +121,7 @@ class Guard:
 
 # %% ../nbs/05da_guard.ipynb #6938906b
 def add_guard(
-    app: FastAPI,  # changed in place, before its frame is added
+    app: Starlette,  # changed in place, before its frame is added
     rules: Rules,  # who may ask
 ) -> None:
     """Put the rules before all addresses of an application."""
