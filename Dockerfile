@@ -35,7 +35,8 @@ LABEL org.opencontainers.image.title="automl_cv" \
       automl_cv.model.name="$MODEL" \
       automl_cv.model.sha256="$MODEL_SHA256"
 ENV PATH=/opt/automl_cv/bin:$PATH PYTHONPYCACHEPREFIX=/opt/automl_cv/bytecode PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1 HOST=0.0.0.0 PORT=8080 AUTOML_CV_MODEL=/model AUTOML_CV_HOME=/tmp/automl_cv
+    PYTHONUNBUFFERED=1 HOST=0.0.0.0 PORT=8080 AUTOML_CV_MODEL=/model AUTOML_CV_HOME=/tmp/automl_cv \
+    OPENBLAS_NUM_THREADS=1
 COPY --from=build /opt/automl_cv /opt/automl_cv
 COPY --from=build /model /model
 USER 10001:10001

@@ -213,7 +213,8 @@ def contenders(work: Path, classes: list[str]) -> dict[str, Contender]:
     for kind, file in (("int8", "model.int8.onnx"), ("fp32", "model.onnx")):
         model = network | {"MODEL": str(work / "int8" / file)}
         found[f"ours-{kind}"] = Contender(f"ours-{kind}", "ours", ("-m", "automl_cv.serve"), {
-            "AUTOML_CV_MODEL": str(work / kind), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT)})
+            "AUTOML_CV_MODEL": str(work / kind), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT),
+            "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""})  # as Dockerfile; pip compiles the peers
         found[f"litserve-{kind}"] = Contender(f"litserve-{kind}", "litserve", ("lit_app.py",), model)
         found[f"bentoml-{kind}"] = Contender(f"bentoml-{kind}", "bentoml", bento, model)
     for name in ("litserve", "bentoml"):
