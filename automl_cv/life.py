@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+from anyio import current_time
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -96,6 +97,7 @@ async def lifespan(
     state.begun = getattr(state, "begun", None) or begin_loading(state.bundle)
     (state.where, seen, _), state.swapping = state.begun, asyncio.Lock()
     state.spans.open()
+    current_time()  # anyio imports its half for asyncio when it is first asked, and now there is time
     state.predictor = await _arrived(state.begun)
     state.begun = None  # it would keep the first model for ever
     state.pool = Pool(count_workers(state.predictor))

@@ -181,8 +181,8 @@ def check_golden(
     """Ask a model the questions whose answers its bundle holds. Raises AutomlError bundle_damaged."""
     with np.load(path, allow_pickle=False) as golden:
         expected = golden["int8" if predictor.precision == "int8" else "probabilities"]
-        images = [predictor.decode(golden[f"image_{i}"].tobytes())[0] for i in range(len(expected))]
-    said = [predictor.probabilities(image[None])[0] for image in images]  # a batch's memory would stay
+        files = [golden[f"image_{i}"].tobytes() for i in range(len(expected))]
+    said = [predictor.predict(file).probabilities for file in files]  # a batch's memory would stay
     worst = float(np.abs(np.stack(said) - expected).max())
     if not worst <= GOLDEN_TOLERANCE:
         raise AutomlError("bundle_damaged", f"The model's golden answers are off by {worst:.4f} here.",

@@ -6,9 +6,14 @@
 __all__ = ['EARLY', 'app', 'START_SECONDS', 'FIELDS', 'create_app', 'serve', 'running', 'run_step']
 
 # %% ../nbs/06_serve.ipynb #1c620f4e
+import gc
+
+if STARTED := __name__ == "__main__" and bool(__spec__):  # not where a notebook runs this
+    gc.disable()
+
 from .loading import begin_loading
 
-EARLY = [begin_loading()] if __name__ == "__main__" and __spec__ else []  # not where a notebook runs this
+EARLY = [begin_loading()] if STARTED else []
 
 # %% ../nbs/06_serve.ipynb #66a3fa44
 import io
@@ -86,10 +91,12 @@ def serve(
     served, port = create_app(bundle) if bundle else app, port or _port()
     served.state.begun = served.state.begun or begin_loading(bundle)
     from automl_cv.leave import listen
+    gc.freeze()
+    gc.enable()
     listen(served, host, port)
 
 # %% ../nbs/06_serve.ipynb #08ce2e3c
-if __name__ == "__main__" and __spec__:
+if STARTED:
     try:
         serve()
     except AutomlError as error:
