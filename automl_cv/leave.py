@@ -84,6 +84,6 @@ def listen(
     port: int,  # TCP port, 1 to 65535
 ) -> None:
     """Serve an application until SIGTERM or Ctrl-C. The journal writes the lines, so uvicorn's stay off."""
-    config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=GRACE_SECONDS,
-                            server_header=False, access_log=False)
+    config = uvicorn.Config(app, host=host, port=port, loop="asyncio", access_log=False,
+                            server_header=False, timeout_graceful_shutdown=GRACE_SECONDS)
     Server(config, app.state).run()

@@ -221,6 +221,7 @@ def folder_mb(folder: Path, without: tuple[str, ...] = ()) -> float:
 
 DROPPED = ("/pip/", "/pip-", "/setuptools", "onnxruntime/transformers", "onnxruntime/quantization",
            "onnxruntime/tools", "libonnxruntime.so", "numpy/f2py", "/tests/", "/include/", ".pyi|", ".a|",
+           "numpy/distutils",  # which numpy brings for Python 3.11 alone, and the image has 3.12
            "/__pycache__/", "/pkg_resources/", "/_distutils_hack/", "weights.safetensors")  # as Dockerfile
 
 
