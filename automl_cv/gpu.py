@@ -42,7 +42,7 @@ def keep_pictures(
             return None
         _kept[name] = torch.empty(images.array.shape, dtype=torch.uint8, device=device)
         for start in range(0, len(images), CHUNK):
-            part = torch.from_numpy(np.asarray(images.array[start:start + CHUNK]))
+            part = torch.from_numpy(np.array(images.array[start:start + CHUNK]))
             _kept[name][start:start + len(part)].copy_(part)
     return _kept[name]
 
@@ -73,7 +73,7 @@ def gather_batches(
 
     kept = keep_pictures(images, device)
     if kept is not None:
-        targets = move(torch.from_numpy(images.targets), device)
+        targets = move(torch.tensor(images.targets), device)
         for index in plan:
             places = move(torch.from_numpy(index), device)
             yield kept[places], targets[places]
@@ -96,11 +96,14 @@ class _Recording:
 def _record(step: Step, parameters: list[nn.Parameter], tensors: tuple[Tensor, ...],
             pool: Any) -> _Recording | None:  # None where the step cannot be recorded
     inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[tensors[0].device.index]
+    state = generator.clone_state()
     try:
         with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads may pin memory
             result = step(*inputs)
         return _Recording(graph, inputs, result, [parameter.grad for parameter in parameters])
     except RuntimeError as error:
+        generator.graphsafe_set_state(state)  # the recording would own it for good
         if is_out_of_memory(error):
             raise
         return None

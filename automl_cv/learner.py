@@ -23,10 +23,10 @@ from torch.nn import functional
 from .augment import mix_pictures, shrink
 from .batches import iterate_batches
 from .cache import Images
-from .convolutions import ease_training, fold_norms
+from .convolutions import ease_training, fold_norms, to_device
 from .core import AutomlError, atomic_path, check_stop, say, track
 from .gpu import Replay, gather_batches
-from .machine import has_bfloat16, is_out_of_memory, keep_memory, one_thread, pick_device
+from .machine import has_bfloat16, is_out_of_memory, keep_memory, one_thread
 from .models import Classifier, create_model
 from .pixels import centre_crop
 from .recipe import (Balance, Config, balance_classes, grow_size, make_optimizer, one_cycle,
@@ -90,9 +90,10 @@ def start_training(
     if head is not None:
         _set_head(model, head)
     frozen = config.norm == "frozen" and model.pretrained and fold_norms(model) > 0
-    set_scope(model.to(pick_device()), config.scope)
-    averaged = copy.deepcopy(model).eval()
+    set_scope(model, config.scope)
+    averaged = to_device(copy.deepcopy(model).eval())
     ease_training(model, frozen)
+    to_device(model, config.epochs * len(train))
     optimizer = make_optimizer(model, config)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     balance = balance_classes(train.targets, classes, config.balance, config.task)

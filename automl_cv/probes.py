@@ -19,6 +19,7 @@ import pandas as pd
 from .bundles import KNOWN, Shipment, write_bundle
 from .cache import Images, draw_sample
 from .champion import METRICS, Candidate, Limits, offer, worth
+from .convolutions import to_device
 from .core import Run, atomic_path, say
 from .data import read_split
 from .engines import engine_speeds
@@ -26,7 +27,6 @@ from .features import feature_bank
 from .heads import Head, HeadConfig, KnnHead, MlpHead, fit_head, head_grid, search_heads
 from .layers import VIEWS, with_head
 from .learner import Config
-from .machine import pick_device
 from .models import Classifier, create_model
 from .plan import Entrant, is_small
 from .race import Track, folds_of, probe
@@ -129,7 +129,7 @@ def offer_model(
 # %% ../nbs/01k_probes.ipynb #0ea9a07e
 def _network(track: Track, config: Config) -> Classifier:
     classes = len(track.run.read("data")["classes"])
-    return create_model(config.backbone, classes, config.pretrained, config.seed).to(pick_device())
+    return to_device(create_model(config.backbone, classes, config.pretrained, config.seed))
 
 # %% ../nbs/01k_probes.ipynb #36bae33e
 def first_model(

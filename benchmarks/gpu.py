@@ -4,11 +4,12 @@
 AdamW, one batch of noise on the GPU, no pictures to read, no augmentation, no averaged weights, no checks. `recorded` is
 the same loop as one CUDA graph, optimizer and all: what the card can do. `learner` is `train_one_epoch` over the
 decode-once cache of real files, whose pictures are kept on the GPU; `streamed` the same where they do not fit there, and
-each batch is gathered and copied. All take turns in one process, an epoch each. Before that, what a CPU cannot show is
+each batch is gathered and copied. MobileNetV2's learner is short of the pictures that make cuDNN worth waiting for, unless
+the case ends in `:long`. All take turns in one process, an epoch each. Before that, what a CPU cannot show is
 checked: a recorded step gives the gradients of one that is not, a step that cannot be recorded goes on, memory that runs
 out halves the batch, and a training that was stopped goes on.
 
-Usage: python benchmarks/gpu.py FOLDER [REPEATS] [BACKBONE:SIZE:BATCH ...]     FOLDER has class folders
+Usage: python benchmarks/gpu.py FOLDER [REPEATS] [BACKBONE:SIZE:BATCH[:long] ...]     FOLDER has class folders
 """
 
 import json
@@ -32,7 +33,8 @@ from automl_cv.models import create_model
 from automl_cv.recipe import Config
 from automl_cv.transforms import make_policy
 
-CASES = ("resnet18:160:64", "mobilenet_v2:160:64", "resnet50:224:64", "resnet18:160:256")
+CASES = ("resnet18:160:64", "resnet50:224:64", "mobilenet_v2:160:64", "mobilenet_v2:160:64:long")
+EPOCH = 8192  # pictures; where there are fewer, each comes several times
 GPU = torch.device("cuda")
 
 
@@ -48,8 +50,9 @@ def read_images(folder: Path, size: int) -> Images:
 
 def configure(case: str) -> Config:
     """Return how the learner trains: from random weights, so that no weights are needed."""
-    backbone, size, batch = case.split(":")
-    return Config(backbone=backbone, pretrained=False, size=int(size), batch_size=int(batch), epochs=1000)
+    backbone, size, batch, *long = case.split(":")
+    return Config(backbone=backbone, pretrained=False, size=int(size), batch_size=int(batch),
+                  epochs=1000 if long else 50)
 
 
 def synthetic(config: Config, steps: int, recorded: bool) -> Callable[[], None]:
@@ -99,6 +102,7 @@ def compare(folder: Path, case: str, repeats: int) -> dict[str, object]:
     """Let the contenders take turns and return medians, spreads and ratios."""
     config = configure(case)
     images = read_images(folder, config.size)
+    images = images.take(np.arange(EPOCH) % len(images))
     steps = -(-len(images) // config.batch_size)
     makers = {"synthetic": lambda: synthetic(config, steps, False), "recorded": lambda: synthetic(config, steps, True),
               "learner": lambda: learner(config, images, 1 / 4), "streamed": lambda: learner(config, images, 0.0)}
@@ -113,7 +117,7 @@ def compare(folder: Path, case: str, repeats: int) -> dict[str, object]:
                      "spread": [round(min(speeds)), round(max(speeds))]} for name, speeds in found.items()}
     ratios = {f"{name}_over_{other}": round(statistics.median(a / b for a, b in zip(found[name], found[other])), 3)
               for name in ("learner", "streamed") for other in ("synthetic", "recorded")}
-    return {"pictures": len(images), **report, **ratios}
+    return {**report, **ratios}
 
 
 def same_gradients() -> float:
