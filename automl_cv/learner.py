@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,10 @@ class Training:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     logits: np.ndarray | None = None  # of the validation pictures after the last epoch, float32 [N, C]
     clock: float = field(default_factory=time.monotonic)  # of the last `tick`
+    replay: Replay | None = None  # does a step's forward and backward pass; None before the first
     again: bool = False  # whether the last epoch is told once more, after a resume
 
     def __post_init__(self) -> None:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.replay = Replay(lambda *tensors: _backward(self, *tensors), trained)
         self.pairs = list(zip(self.averaged.state_dict().values(), self.model.state_dict().values()))
 
     def tick(self) -> None:
@@ -100,12 +100,13 @@ def start_training(
     return Training(config, model, averaged, optimizer, steps, balance, seconds)
 
 # %% ../nbs/01e_learner.ipynb #90db5df8
-def _backward(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
-    config, balance, device = training.config, training.balance, pictures.device
-    parts, total = math.ceil(len(pictures) / training.micro), torch.zeros((), device=device)
+def _backward(config: Config, model: Classifier, balance: Balance, micro: int, pictures: Tensor,
+              targets: Tensor) -> Tensor:
+    device, parts = pictures.device, math.ceil(len(pictures) / micro)
+    total = torch.zeros((), device=device)
     for part, truth in zip(pictures.tensor_split(parts), targets.tensor_split(parts)):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            logits = training.model(part)
+            logits = model(part)
         logits = logits.float() if balance.shift is None else logits.float() + balance.shift
         loss = JUDGES[config.task].loss(logits, truth, config.label_smoothing, balance.weights)
         loss = loss * (len(part) / len(pictures))
@@ -114,24 +115,31 @@ def _backward(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
     return total
 
 # %% ../nbs/01e_learner.ipynb #8a7207d5
+def _replay(training: Training) -> Replay:
+    if training.replay is None:
+        trained = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
+        how = training.config, training.model, training.balance, training.micro
+        training.replay = Replay(partial(_backward, *how), trained)
+    return training.replay
+
+# %% ../nbs/01e_learner.ipynb #5c3e6e80
 def _gradients(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
-    model, replay, kept = training.model, training.replay, []
-    if not replay.knows(pictures, targets):  # else its memory is reserved
-        kept = [buffer.clone() for buffer in model.buffers()]
+    model, known = training.model, _replay(training).knows(pictures, targets)
+    kept = [] if known else [buffer.clone() for buffer in model.buffers()]
     while True:
         training.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(int(np.random.default_rng([training.config.seed, training.step]).integers(2**62)))
         try:
-            return replay(pictures, targets)
+            return _replay(training)(pictures, targets)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if min(training.micro, len(pictures)) <= 2:
                 raise AutomlError("out_of_memory", "There is not enough memory for two pictures.",
                                   "Choose a smaller size or backbone.") from error
-        replay.forget()
         torch._foreach_copy_(list(model.buffers()), kept)  # only now the failed pass has let go of its memory
         training.micro = max(2, math.ceil(min(training.micro, len(pictures)) / 2))
+        training.replay = None
         say(f"  out of memory: going on with {training.micro} pictures at a time")
         torch.cuda.empty_cache()
 
