@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from .compat import v2
 from .core import look_up
+from .machine import move
 from .transforms import find_preset
 
 # %% ../nbs/01da_augment.ipynb #9cf1fcc1
@@ -27,8 +28,9 @@ def crop_randomly(
 ) -> Tensor:  # uint8 [B, S, S, 3]
     """Cut random squares and mirror half of them."""
     count, side, _, _ = pictures.shape
-    tops, lefts = torch.from_numpy(random.integers(0, side - size + 1, (2, count))).to(pictures.device)
-    mirrored = torch.from_numpy(random.random(count) < 0.5).to(pictures.device)
+    places = torch.from_numpy(random.integers(0, side - size + 1, (2, count)))
+    mirrored = torch.from_numpy(np.flatnonzero(random.random(count) < 0.5))
+    (tops, lefts), mirrored = move(places, pictures.device), move(mirrored, pictures.device)
     rows = pictures.reshape(count, side, side * 3)  # a row of bytes, so that three channels are one piece
     squares = rows.unfold(1, size, 1).unfold(2, size * 3, 3)
     chosen = squares[torch.arange(count, device=pictures.device), tops, lefts].view(count, size, size, 3)
@@ -56,7 +58,7 @@ def warp_randomly(
     random: np.random.Generator,  # of this batch
 ) -> Tensor:  # uint8 [B, S, S, 3]
     """Zoom into random parts, turn and mirror them. Corners that a turn uncovers are black."""
-    maps = _affine_maps(len(pictures), strength, degrees, random).to(pictures.device)
+    maps = move(_affine_maps(len(pictures), strength, degrees, random), pictures.device)
     grid = functional.affine_grid(maps, [len(pictures), 3, size, size], align_corners=False)
     padding = "zeros" if degrees else "border"
     planes = pictures.permute(0, 3, 1, 2).float()
@@ -71,8 +73,8 @@ def jitter_colours(
 ) -> Tensor:  # uint8 [B, S, S, 3]
     """Change brightness, contrast and saturation."""
     factors = 1 + 0.4 * strength * random.uniform(-1, 1, (3, len(pictures), 1, 1, 1))
-    brightness, contrast, saturation = torch.from_numpy(factors.astype(np.float32)).to(pictures.device)
-    weights = torch.tensor([0.299, 0.587, 0.114], device=pictures.device)  # of RGB in grey, ITU-R BT.601
+    brightness, contrast, saturation = move(torch.from_numpy(factors.astype(np.float32)), pictures.device)
+    weights = move(torch.tensor([0.299, 0.587, 0.114]), pictures.device)  # of RGB in grey, ITU-R BT.601
     values = pictures.float() * brightness
     values = torch.lerp((values @ weights).mean((1, 2)).view(-1, 1, 1, 1), values, contrast)
     values = torch.lerp((values @ weights)[..., None], values, saturation)
@@ -133,13 +135,13 @@ def mix_pictures(
 ) -> tuple[Tensor, Tensor]:  # uint8 [B, S, S, 3] and float32 [B, C]
     """Mix each picture and its truth with another one's."""
     count, size, device = len(pictures), pictures.shape[1], pictures.device
-    other = torch.from_numpy(random.permutation(count)).to(device)
+    other = move(torch.from_numpy(random.permutation(count)), device)
     if kind == "mixup":
-        share = torch.from_numpy(random.beta(0.2, 0.2, count).astype(np.float32)).to(device)
+        share = move(torch.from_numpy(random.beta(0.2, 0.2, count).astype(np.float32)), device)
         blend = torch.lerp(pictures.float(), pictures[other].float(), share.view(-1, 1, 1, 1))
         mixed = blend.round().byte()
     else:
-        mask = torch.from_numpy(_pasted(count, size, random)).to(device)
+        mask = move(torch.from_numpy(_pasted(count, size, random)), device)
         share, mixed = mask.float().mean((1, 2)), torch.where(mask[..., None], pictures[other], pictures)
     return mixed, torch.lerp(truth, truth[other], share[:, None])
 

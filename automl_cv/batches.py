@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .augment import augment
 from .cache import Images
-from .machine import move, one_thread, pick_device
+from .gpu import gather_batches
+from .machine import one_thread, pick_device
 from .recipe import Config
 
 # %% ../nbs/01dc_batches.ipynb #b6f47de7
@@ -46,12 +46,10 @@ def iterate_batches(
     """Yield the augmented batches of one epoch, on the device."""
     plan = plan_batches(len(images), config.batch_size, config.seed, epoch, shares)
     device = pick_device()
-    for number, index in enumerate(plan[start:], start):
-        index = np.sort(index)  # a memory-mapped file likes to be read in order
+    plan = [np.sort(index) for index in plan[start:]]  # a memory-mapped file likes to be read in order
+    for number, (stored, targets) in enumerate(gather_batches(images, plan, device), start):
         random = np.random.default_rng([config.seed, epoch, number])
-        arrays = images.array[index], images.targets[index]
-        array, targets = (move(torch.from_numpy(part), device) for part in arrays)
         with one_thread():
-            pictures = augment(array, config.transforms, config.size, config.augmentation, config.strength,
+            pictures = augment(stored, config.transforms, config.size, config.augmentation, config.strength,
                                random)
         yield pictures, targets

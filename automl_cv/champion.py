@@ -10,6 +10,7 @@ __all__ = ['METRICS', 'AHEAD', 'CHANCE', 'CLEARLY', 'worth', 'standard_error', '
 # %% ../nbs/01g_champion.ipynb #936eaaf4
 import fcntl
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,6 +200,8 @@ class _Refused(Exception):
 # %% ../nbs/01g_champion.ipynb #bb593cf3
 def _replace(run: Run, candidate: Candidate, write: Callable[[Path], Any], limits: Limits) -> dict[str, Any]:
     cost = _known_cost(run, candidate)
+    for left in run.path.glob(f".{run.bundle.name}-*"):  # of a process that was killed
+        shutil.rmtree(left)
     try:
         with atomic_folder(run.bundle) as draft:
             write(draft)

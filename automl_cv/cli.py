@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +23,8 @@ from .commands import classify_files, command, find_bundle, serve_bundle, told
 from .core import AutomlError, Run, hash_bytes, home, look_up, open_run, parse_time, stop_on_signals
 from .deploy import Target
 from .deploy import deploy as deploy_bundle
-from .pipeline import (PRESETS, Execute, Request, call_step, plan_step, run_notebook,
-                                run_pipeline)
+from .pipeline import PRESETS, Request, plan_step, run_pipeline
+from .steps import Execute, call_step, run_notebook
 
 # %% ../nbs/07a_cli.ipynb #3086c477
 def closing_lines(
@@ -127,7 +127,11 @@ def _asked(folder: Path) -> Request:
         if not (folder / "request.json").exists():
             raise AutomlError("run_not_found", f"{folder} holds no run.",
                               "Name the folder that was given to --out.")
-    return Request(**Run(folder).read("request"))
+        known = Run(folder).read("request")
+        if set(known) != {field.name for field in fields(Request)}:
+            raise AutomlError("run_not_found", f"{folder} holds a run of another version of automl_cv.",
+                              "Go on with the version that began it, or start again with another --out.")
+    return Request(**known)
 
 # %% ../nbs/07a_cli.ipynb #9b05c185
 @cli.command()

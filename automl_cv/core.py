@@ -99,6 +99,7 @@ class AutomlError(Exception):
         hint: str = "",  # what to do about it
     ):
         super().__init__(f"{detail} {hint}".strip())
+        self.add_note(f"code: {code}")  # for a notebook's reader, and for whoever runs notebooks
         self.code, self.detail, self.hint = code, detail, hint
         self.status, self.exit_code, self.title = CODES[code]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .convolutions import ease_training, fold_norms
+from .gpu import Replay
 from .machine import has_bfloat16
 from .models import Classifier
 from .zoo import find_backbone
@@ -65,13 +66,23 @@ class Cost:
     train: float  # pictures per second of training steps
 
 # %% ../nbs/01ba_cost.ipynb #e105187e
-def _train_step(model: Classifier, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
-    device = images.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-        loss = model(images).float().logsumexp(1).mean()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+def _training(model: Classifier, images: Tensor) -> Callable[[], None]:
+    optimizer, device = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), images.device
+
+    def gradients(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+            loss = model(images).float().logsumexp(1).mean()
+        loss.backward()
+        return loss.detach()
+
+    replay = Replay(gradients, model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        replay(images)
+        optimizer.step()
+
+    return step
 
 # %% ../nbs/01ba_cost.ipynb #ddf8c530
 def measure_cost(
@@ -82,11 +93,10 @@ def measure_cost(
     """Measure a network's forward and training speed."""
     model, device = copy.deepcopy(model), model.head.weight.device
     images = torch.from_numpy(trial_pictures(model, size)).to(device)
-    optimizer, bfloat16 = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), has_bfloat16(device)
     model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
         forward = pictures_per_second(lambda: model(images), len(images), seconds / 2)
     ease_training(model.train(), model.pretrained and fold_norms(model) > 0)
     few = images[:max(2, len(images) // 2)]
-    train = pictures_per_second(lambda: _train_step(model, optimizer, few), len(few), seconds / 2)
+    train = pictures_per_second(_training(model, few), len(few), seconds / 2)
     return Cost(forward, train)

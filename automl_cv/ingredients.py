@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from .champion import Candidate, judged_by, worth
+from .convolutions import to_device
 from .core import say, write_bytes
 from .learner import Config, evaluate
-from .machine import pick_device
 from .models import Classifier, create_model
 from .probes import Terms, offer_model
 from .race import Track
@@ -57,8 +57,7 @@ def offer_soup(
         return numbers
     asked, judge = track.images("validation", config.size), JUDGES[config.task]
     classes = len(track.run.read("data")["classes"])
-    model = create_model(config.backbone, classes, config.pretrained, config.seed)
-    model.to(pick_device())
+    model = to_device(create_model(config.backbone, classes, config.pretrained, config.seed))
 
     def score(state: dict[str, torch.Tensor]) -> float:
         model.load_state_dict(state)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from torch.nn import functional
 from .augment import mix_pictures, shrink
 from .batches import iterate_batches
 from .cache import Images
-from .convolutions import ease_training, fold_norms
+from .convolutions import ease_training, fold_norms, to_device
 from .core import AutomlError, atomic_path, check_stop, say, track
-from .machine import has_bfloat16, is_out_of_memory, keep_memory, one_thread, pick_device
+from .gpu import Replay, gather_batches
+from .machine import has_bfloat16, is_out_of_memory, keep_memory, one_thread
 from .models import Classifier, create_model
+from .pixels import centre_crop
 from .recipe import (Balance, Config, balance_classes, grow_size, make_optimizer, one_cycle,
                               set_scope)
 from .scores import JUDGES
@@ -52,7 +55,11 @@ class Training:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     logits: np.ndarray | None = None  # of the validation pictures after the last epoch, float32 [N, C]
     clock: float = field(default_factory=time.monotonic)  # of the last `tick`
+    replay: Replay | None = None  # does a step's forward and backward pass; None before the first
     again: bool = False  # whether the last epoch is told once more, after a resume
+
+    def __post_init__(self) -> None:
+        self.pairs = list(zip(self.averaged.state_dict().values(), self.model.state_dict().values()))
 
     def tick(self) -> None:
         """Count the time since the last call."""
@@ -83,37 +90,47 @@ def start_training(
     if head is not None:
         _set_head(model, head)
     frozen = config.norm == "frozen" and model.pretrained and fold_norms(model) > 0
-    set_scope(model.to(pick_device()), config.scope)
-    averaged = copy.deepcopy(model).eval()
+    set_scope(model, config.scope)
+    averaged = to_device(copy.deepcopy(model).eval())
     ease_training(model, frozen)
+    to_device(model, config.epochs * len(train))
     optimizer = make_optimizer(model, config)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     balance = balance_classes(train.targets, classes, config.balance, config.task)
     return Training(config, model, averaged, optimizer, steps, balance, seconds)
 
 # %% ../nbs/01e_learner.ipynb #90db5df8
-def _backward(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
-    config, balance, device = training.config, training.balance, pictures.device
-    parts, total = math.ceil(len(pictures) / training.micro), torch.zeros((), device=device)
+def _backward(config: Config, model: Classifier, balance: Balance, micro: int, pictures: Tensor,
+              targets: Tensor) -> Tensor:
+    device, parts = pictures.device, math.ceil(len(pictures) / micro)
+    total = torch.zeros((), device=device)
     for part, truth in zip(pictures.tensor_split(parts), targets.tensor_split(parts)):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            logits = training.model(part)
-        logits = logits.float() if balance.shift is None else logits.float() + balance.shift.to(device)
-        weights = None if balance.weights is None else balance.weights.to(device)
-        loss = JUDGES[config.task].loss(logits, truth, config.label_smoothing, weights)
+            logits = model(part)
+        logits = logits.float() if balance.shift is None else logits.float() + balance.shift
+        loss = JUDGES[config.task].loss(logits, truth, config.label_smoothing, balance.weights)
         loss = loss * (len(part) / len(pictures))
         loss.backward()
         total += loss.detach()
     return total
 
 # %% ../nbs/01e_learner.ipynb #8a7207d5
+def _replay(training: Training) -> Replay:
+    if training.replay is None:
+        trained = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
+        how = training.config, training.model, training.balance, training.micro
+        training.replay = Replay(partial(_backward, *how), trained)
+    return training.replay
+
+# %% ../nbs/01e_learner.ipynb #5c3e6e80
 def _gradients(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
-    model, kept = training.model, [buffer.clone() for buffer in training.model.buffers()]
+    model, known = training.model, _replay(training).knows(pictures, targets)
+    kept = [] if known else [buffer.clone() for buffer in model.buffers()]
     while True:
         training.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(int(np.random.default_rng([training.config.seed, training.step]).integers(2**62)))
         try:
-            return _backward(training, pictures, targets)
+            return _replay(training)(pictures, targets)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -122,6 +139,7 @@ def _gradients(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
                                   "Choose a smaller size or backbone.") from error
         torch._foreach_copy_(list(model.buffers()), kept)  # only now the failed pass has let go of its memory
         training.micro = max(2, math.ceil(min(training.micro, len(pictures)) / 2))
+        training.replay = None
         say(f"  out of memory: going on with {training.micro} pictures at a time")
         torch.cuda.empty_cache()
 
@@ -130,12 +148,10 @@ def _gradients(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
 def _average(training: Training) -> None:
     early = (1 + training.step) / (10 + training.step)
     decay = min(training.config.ema, early) if training.config.ema else 0.0
-    pairs = list(zip(training.averaged.state_dict().values(), training.model.state_dict().values()))
-    means, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
+    means, values = zip(*[pair for pair in training.pairs if pair[0].is_floating_point()])
     torch._foreach_lerp_(means, values, 1 - decay)
-    for mean, value in pairs:
-        if not mean.is_floating_point():
-            mean.copy_(value)
+    if counts := [pair for pair in training.pairs if not pair[0].is_floating_point()]:
+        torch._foreach_copy_(*zip(*counts))
 
 # %% ../nbs/01e_learner.ipynb #6969c034
 MIXED = 0.7  # of a training: until then mixup and cutmix mix pictures
@@ -171,7 +187,7 @@ def train_step(
     return loss
 
 # %% ../nbs/01e_learner.ipynb #194c2f7d
-CHECK = 10  # steps between two looks at the loss
+CHECK = 10  # steps between two looks at the loss; ten times as many on a GPU
 
 # %% ../nbs/01e_learner.ipynb #06428e26
 def check_loss(
@@ -199,6 +215,7 @@ def train_one_epoch(
     config, epoch, start, saved = training.config, len(training.history), len(training.losses), training.clock
     batches = iterate_batches(images, config, epoch, start, training.balance.shares)
     steps = math.ceil(len(images) / config.batch_size) - start
+    check = CHECK * (10 if training.model.head.weight.is_cuda else 1)
     for pictures, targets in track(batches, f"epoch {epoch + 1}", steps):
         check_stop()
         if training.losses and training.progress() >= 1:
@@ -206,7 +223,7 @@ def train_one_epoch(
         training.losses.append(train_step(training, pictures, targets))
         training.seen += len(targets)
         training.tick()
-        if training.step % CHECK == 0:
+        if training.step % check == 0:
             check_loss(training)
         if training.clock - saved > SAVE_SECONDS:
             save()
@@ -225,12 +242,13 @@ def evaluate(
 ) -> np.ndarray:  # logits, float32 [N, C]
     """Run a network over the middle squares of pictures. Raises AutomlError interrupted."""
     model.eval()
-    device, array, parts = next(model.parameters()).device, images.at(size), []
-    for start in range(0, len(images), batch):
+    device, parts = next(model.parameters()).device, []
+    plan = np.array_split(np.arange(len(images)), max(1, math.ceil(len(images) / batch)))
+    for pictures, _ in gather_batches(images, plan, device):
         check_stop()
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-            parts.append(model(torch.tensor(array[start:start + batch]).to(device)).float().cpu())
-    return torch.cat(parts).numpy()
+            parts.append(model(centre_crop(pictures, size).contiguous()).float())
+    return torch.cat(parts).cpu().numpy()
 
 # %% ../nbs/01e_learner.ipynb #f380d72a
 SAVED = ("micro", "step", "elapsed", "began", "seen", "first_loss", "history")

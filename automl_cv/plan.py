@@ -70,7 +70,8 @@ def drop(
         if gap > 2 * doubt:
             return replace(entrant, reason=f"{gap:.3f} behind {best.name}")
         if need > seconds:
-            return replace(entrant, reason=f"needs {need:.0f} s for its features, {seconds:.0f} are left")
+            left = max(0.0, seconds)
+            return replace(entrant, reason=f"needs {need:.0f} s for its features, {left:.0f} are left")
         return entrant
     return [judge(entrant) for entrant in entrants]
 

@@ -7,6 +7,7 @@ __all__ = ['Answers', 'starts_training', 'Found', 'view_banks', 'search_head', '
            'save_head', 'find_head', 'load_head', 'refit_head', 'best_head']
 
 # %% ../nbs/01k_probes.ipynb #5be15c68
+import copy
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import pandas as pd
 from .bundles import KNOWN, Shipment, write_bundle
 from .cache import Images, draw_sample
 from .champion import METRICS, Candidate, Limits, offer, worth
+from .convolutions import to_device
 from .core import Run, atomic_path, say
 from .data import read_split
 from .engines import engine_speeds
@@ -121,10 +123,15 @@ def offer_model(
     shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name,
                         track.images("train", config.size, KNOWN))
     def write(folder: Path) -> dict[str, Any]:
-        return write_bundle(track.run, model.cpu(), config, folder, shipment)
+        return write_bundle(track.run, copy.deepcopy(model).cpu(), config, folder, shipment)
     return offer(track.run, replace(candidate, figures=answers[0]), write, terms.limits)
 
 # %% ../nbs/01k_probes.ipynb #0ea9a07e
+def _network(track: Track, config: Config) -> Classifier:
+    classes = len(track.run.read("data")["classes"])
+    return to_device(create_model(config.backbone, classes, config.pretrained, config.seed))
+
+# %% ../nbs/01k_probes.ipynb #36bae33e
 def first_model(
     track: Track,  # what a race shares
     config: Config,  # names backbone and size
@@ -132,9 +139,7 @@ def first_model(
     count: int = 800,  # training pictures
 ) -> Entrant:  # with the figures of its probe
     """Make something to serve in the first minute: a linear head on a sample of the pictures."""
-    started = time.monotonic()
-    classes = len(track.run.read("data")["classes"])
-    model = create_model(config.backbone, classes, config.pretrained, config.seed)
+    started, model = time.monotonic(), _network(track, config)
     if is_small(track.run):
         found = search_head(track, model, config.size, count=count, grid=(HeadConfig(banks=("plain",)),))
         head, answers = found.head, found.answers
@@ -191,9 +196,9 @@ def refit_head(
     chosen = find_head(track.run, config.backbone, config.size)
     if not chosen:
         return None
-    classes = len(track.run.read("data")["classes"])
-    model = create_model(config.backbone, classes, config.pretrained, config.seed)
-    return fit_head(np.asarray(feature_bank(model, images, config.size)), images.targets, classes, chosen)
+    model = _network(track, config)
+    bank = np.asarray(feature_bank(model, images, config.size))
+    return fit_head(bank, images.targets, model.head.out_features, chosen)
 
 # %% ../nbs/01k_probes.ipynb #11e1ae9f
 def _offer_head(track: Track, config: Config, model: Classifier, terms: Terms, name: str, seconds: float,
@@ -222,7 +227,7 @@ def best_head(
 ) -> dict[str, Any]:  # figures, and what the search found
     """Search the head of the race's winner, offer it, and keep it for fine-tuning."""
     end, run = time.monotonic() + (seconds or np.inf), track.run
-    model = create_model(config.backbone, len(run.read("data")["classes"]), config.pretrained, config.seed)
+    model = _network(track, config)
     found = _offer_head(track, config, model, terms, "best head", seconds, count)
     tables, start, left = [found.table], found, end - time.monotonic()
     if found.start and left > _pair_seconds(track, model, config.size, count):

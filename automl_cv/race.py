@@ -16,6 +16,7 @@ import numpy as np
 
 from .cache import Images, load_images
 from .champion import judged_by, worth
+from .convolutions import to_device
 from .core import Run, check_stop, say
 from .cost import measure_cost
 from .data import read_split
@@ -142,7 +143,7 @@ def race(
     """Probe entrants on growing samples until one is left or the time is up. Raises AutomlError."""
     deadline = time.monotonic() + seconds if seconds else math.inf
     total, classes = len(read_split(track.run, "train")), len(track.run.read("data")["classes"])
-    build = cache(lambda name: create_model(name, classes, track.pretrained, track.seed))
+    build = cache(lambda name: to_device(create_model(name, classes, track.pretrained, track.seed)))
     found = [_measure(build(e.backbone), e) for e in entrants]
     for count in [n for n in rounds if n < total and not is_small(track.run)] + [0]:
         check_stop()

@@ -8,6 +8,7 @@ __all__ = ['Config', 'one_cycle', 'grow_size', 'trained_parameters', 'set_scope'
 # %% ../nbs/01db_recipe.ipynb #0f15bb15
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import hash_bytes, look_up
+from .machine import pick_device
 from .models import Classifier, stages
 from .tasks import TASKS
 
@@ -151,7 +153,8 @@ def balance_classes(
     share = np.maximum(truth.sum(axis=0), 1) / len(truth)
     rarity = np.minimum(1 / (classes * share) if exclusive else (1 - share) / share, 20)
     shift = np.log(share) if exclusive else np.log(share) - np.log(np.maximum(1 - share, 1 / len(truth)))
-    made = {"none": lambda: Balance(), "weights": lambda: Balance(weights=torch.tensor(rarity).float()),
+    on_device = partial(torch.tensor, dtype=torch.float32, device=pick_device())
+    made = {"none": lambda: Balance(), "weights": lambda: Balance(weights=on_device(rarity)),
             "sampling": lambda: Balance(shares=_picture_shares(truth, rarity)),
-            "logits": lambda: Balance(shift=torch.tensor(shift).float())}
+            "logits": lambda: Balance(shift=on_device(shift))}
     return look_up(made, kind, "balance")()

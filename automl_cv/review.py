@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .audit import KINDS, SHOWN, Finding, judged, report
 from .cache import Images, decode_rows
+from .convolutions import to_device
 from .core import Run, check_stop
 from .data import encode_targets, natural_key, read_manifest, write_results
 from .features import VIEWS, feature_bank
@@ -54,7 +55,7 @@ def review_features(
     """Describe pictures by a pretrained backbone, or plainly. Raises AutomlError unknown_backbone."""
     model = create_model(backbone, 2)
     if model.pretrained:
-        views = [feature_bank(model, images, images.array.shape[1], view) for view in VIEWS]
+        views = [feature_bank(to_device(model), images, images.array.shape[1], view) for view in VIEWS]
         return np.mean(views, axis=0, dtype=np.float32), ""
     return plain_features(images.array), f"{backbone} has no pretrained weights here ({model.origin})"
 

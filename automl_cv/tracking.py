@@ -19,12 +19,14 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # both are read when mlflow is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # of 7, which take four minutes
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from sqlalchemy.exc import SQLAlchemyError
 
 from .core import AutomlError, Run, hash_file, home, read_json
 
@@ -50,17 +52,21 @@ def _make_tables(path: Path) -> None:
 
 # %% ../nbs/01f_tracking.ipynb #d615ab5c
 def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
-    """Connect to MLflow, making the database and the experiment where they are missing."""
+    """Connect to MLflow, making what is missing there. Raises AutomlError source_unreachable."""
     home().mkdir(parents=True, exist_ok=True)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
     with (home() / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if tracking_uri() == f"sqlite:///{_own_file()}" and not _own_file().exists():
             _make_tables(_own_file())
-        client = MlflowClient(tracking_uri())
-        if found := client.get_experiment_by_name(EXPERIMENT):
-            return client, found.experiment_id
-        return client, client.create_experiment(EXPERIMENT, (home() / "mlartifacts").resolve().as_uri())
+        try:
+            client = MlflowClient(tracking_uri())
+            if found := client.get_experiment_by_name(EXPERIMENT):
+                return client, found.experiment_id
+            return client, client.create_experiment(EXPERIMENT, (home() / "mlartifacts").resolve().as_uri())
+        except (MlflowException, SQLAlchemyError) as error:
+            raise AutomlError("source_unreachable", "MLflow's records do not answer.",
+                              "Check MLFLOW_TRACKING_URI, or leave it out.") from error
 
 # %% ../nbs/01f_tracking.ipynb #e35c090c
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from automl_cv.cli import cli
 from automl_cv.core import AutomlError, Run, atomic_folder
-from automl_cv.pipeline import run_notebook
+from automl_cv.steps import run_notebook
 from automl_cv.scenes import CLASSES, draw_scene
 
 TINY = ("--backbone", "small_cnn", "--scratch", "--size", "32", "--batch-size", "8", "--trials", "3",
@@ -128,6 +128,13 @@ def test_notebook_refuses_parameters_that_it_does_not_know(tmp_path):
         with pytest.raises(AutomlError) as caught:
             run_notebook("train", params, Run(tmp_path))
         assert caught.value.code == code
+
+
+def test_run_of_another_version_is_not_resumed(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/request.json").write_text('{"source": "demo:4", "wish": 1}')
+    status, out, err = call(tmp_path, "resume", tmp_path / "r")
+    assert (status, "[run_not_found]" in err, "another version" in err) == (2, True, True)
 
 
 def test_budget_ends_a_training_of_ten_thousand_epochs(tmp_path):

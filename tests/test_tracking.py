@@ -7,6 +7,7 @@ from multiprocessing import get_context
 
 import pytest
 
+from automl_cv.core import AutomlError
 from automl_cv.tracking import connect
 
 
@@ -40,3 +41,12 @@ def test_killed_while_it_makes_the_database(tmp_path, monkeypatch, share):
     worker.join()
     assert worker.exitcode == -signal.SIGKILL and connect()[1] == connect()[1]
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.lock"}
+
+
+def test_server_that_does_not_answer_is_said_in_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(AutomlError) as caught:
+        connect()
+    assert caught.value.code == "source_unreachable" and "MLFLOW_TRACKING_URI" in str(caught.value)
