@@ -53,25 +53,32 @@ def _score(figures: dict[str, Any]) -> float:
     return next(figures[name] for name in ("accuracy", "map") if name in figures)  # it has an interval
 
 # %% ../nbs/01gb_plan.ipynb #f2d5ec5d
+def _lag(entrant: Entrant, best: Entrant) -> float:  # behind the best, beyond doubt; 0 within it
+    gap = _score(best.figures) - _score(entrant.figures)
+    doubt = math.hypot(standard_error(best.figures), standard_error(entrant.figures))
+    return gap if gap > 2 * doubt else 0.0
+
+# %% ../nbs/01gb_plan.ipynb #bc9c65b0
 def drop(
     entrants: list[Entrant],  # after a round
     pictures: int,  # to be seen in the end
     seconds: float,  # left for that; infinite without a limit
 ) -> list[Entrant]:  # the same, with reasons
-    """Leave behind who cannot win."""
+    """Leave behind who cannot win. One stays: the best, or the quickest that is hardly worse."""
     running = [e for e in entrants if not e.reason]
     best = max(running, key=lambda e: worth(e.figures))
+    need = {e.name: (pictures - e.pictures) / e.forward for e in running}
+    behind = {e.name: _lag(e, best) for e in running}
+    near = [e for e in running if not behind[e.name]]
+    last = best if need[best.name] <= seconds else min(near, key=lambda e: need[e.name])
     def judge(entrant: Entrant) -> Entrant:
-        gap = _score(best.figures) - _score(entrant.figures)
-        doubt = math.hypot(standard_error(best.figures), standard_error(entrant.figures))
-        need = (pictures - entrant.pictures) / entrant.forward
-        if entrant is best or entrant.reason:
+        if entrant.reason or entrant is last:
             return entrant
-        if gap > 2 * doubt:
-            return replace(entrant, reason=f"{gap:.3f} behind {best.name}")
-        if need > seconds:
-            left = max(0.0, seconds)
-            return replace(entrant, reason=f"needs {need:.0f} s for its features, {left:.0f} are left")
+        if behind[entrant.name]:
+            return replace(entrant, reason=f"{behind[entrant.name]:.3f} behind {best.name}")
+        if need[entrant.name] > seconds:
+            wanted, left = need[entrant.name], max(0.0, seconds)
+            return replace(entrant, reason=f"needs {wanted:.0f} s for its features, {left:.0f} are left")
         return entrant
     return [judge(entrant) for entrant in entrants]
 

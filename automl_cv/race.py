@@ -155,4 +155,4 @@ def race(
         longest = max((total - s.pictures) / s.forward for s in running)
         if len(running) == 1 or time.monotonic() + longest > deadline:
             break
-    return sorted(found, key=lambda s: (s.pictures, worth(s.figures)), reverse=True)
+    return sorted(found, key=lambda s: (not s.reason, s.pictures, worth(s.figures)), reverse=True)
