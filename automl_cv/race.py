@@ -8,6 +8,7 @@ __all__ = ['SCRATCH', 'ROUNDS', 'useful_sizes', 'line_up', 'Track', 'probe', 'fo
 # %% ../nbs/01j_race.ipynb #d5e6ec20
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -134,6 +135,17 @@ def _measure(model: Classifier, entrant: Entrant) -> Entrant:
     return replace(entrant, forward=cost.forward, train=cost.train)
 
 # %% ../nbs/01j_race.ipynb #cef3f084
+def _start(build: Callable[[str], Classifier], entrants: list[Entrant], total: int,
+           seconds: float) -> list[Entrant]:
+    first, *others = entrants
+    first = _measure(build(first.backbone), first)
+    alone = total / first.forward
+    if seconds and 2 * alone > seconds:
+        why = f"no time for a race: {first.name} alone needs {alone:.0f} of {seconds:.0f} s"
+        return [first, *(replace(e, reason=why) for e in others)]
+    return [first, *(_measure(build(e.backbone), e) for e in others)]
+
+# %% ../nbs/01j_race.ipynb #5232cb2e
 def race(
     track: Track,  # what all share
     entrants: list[Entrant],  # at least one
@@ -144,7 +156,7 @@ def race(
     deadline = time.monotonic() + seconds if seconds else math.inf
     total, classes = len(read_split(track.run, "train")), len(track.run.read("data")["classes"])
     build = cache(lambda name: to_device(create_model(name, classes, track.pretrained, track.seed)))
-    found = [_measure(build(e.backbone), e) for e in entrants]
+    found = _start(build, entrants, total, seconds)
     for count in [n for n in rounds if n < total and not is_small(track.run)] + [0]:
         check_stop()
         found = [s if s.reason else _step(track, build(s.backbone), s, count) for s in found]
@@ -155,4 +167,5 @@ def race(
         longest = max((total - s.pictures) / s.forward for s in running)
         if len(running) == 1 or time.monotonic() + longest > deadline:
             break
-    return sorted(found, key=lambda s: (not s.reason, s.pictures, worth(s.figures)), reverse=True)
+    order = {s.name: (not s.reason, s.pictures, worth(s.figures) if s.figures else 0.0) for s in found}
+    return sorted(found, key=lambda s: order[s.name], reverse=True)
