@@ -128,7 +128,7 @@ def _asked(folder: Path) -> Request:
             raise AutomlError("run_not_found", f"{folder} holds no run.",
                               "Name the folder that was given to --out.")
         known = Run(folder).read("request")
-        if set(known) != {field.name for field in fields(Request)}:
+        if not {"source"} <= set(known) <= {field.name for field in fields(Request)}:
             raise AutomlError("run_not_found", f"{folder} holds a run of another version of automl_cv.",
                               "Go on with the version that began it, or start again with another --out.")
     return Request(**known)

@@ -22,7 +22,8 @@ def _pairs(network: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     for module in network.modules():
         parts = list(module.children())
         yield from ((one, two) for one, two in zip(parts, parts[1:])
-                    if type(one) is nn.Conv2d and type(two) is nn.BatchNorm2d and one.bias is None)
+                    if (type(one) is nn.Conv2d or hasattr(one, "shift"))  # an eased one
+                    and type(two) is nn.BatchNorm2d and one.bias is None)
 
 # %% ../nbs/01b_convolutions.ipynb #02615a03
 @torch.no_grad()

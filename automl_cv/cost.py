@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .convolutions import ease_training, fold_norms
 from .gpu import Replay
-from .machine import has_bfloat16
+from .machine import has_bfloat16, is_out_of_memory
 from .models import Classifier
 from .zoo import find_backbone
 
@@ -85,6 +85,17 @@ def _training(model: Classifier, images: Tensor) -> Callable[[], None]:
     return step
 
 # %% ../nbs/01ba_cost.ipynb #ddf8c530
+def _train_speed(model: Classifier, images: Tensor, seconds: float) -> float:
+    while True:
+        try:
+            return pictures_per_second(_training(model, images), len(images), seconds)
+        except Exception as error:
+            if not is_out_of_memory(error) or len(images) <= 2:
+                raise
+        images = images[:len(images) // 2]  # only now the failed pass has let go of its memory
+        torch.cuda.empty_cache()
+
+# %% ../nbs/01ba_cost.ipynb #45d7f063
 def measure_cost(
     model: Classifier,  # left as it is
     size: int,  # side of the input, pixels
@@ -98,5 +109,5 @@ def measure_cost(
         forward = pictures_per_second(lambda: model(images), len(images), seconds / 2)
     ease_training(model.train(), model.pretrained and fold_norms(model) > 0)
     few = images[:max(2, len(images) // 2)]
-    train = pictures_per_second(_training(model, few), len(few), seconds / 2)
+    train = _train_speed(model, few, seconds / 2)
     return Cost(forward, train)

@@ -40,10 +40,11 @@ def keep_pictures(
             _kept.pop(next(iter(_kept)))  # the oldest
         if wanted > room:
             return None
-        _kept[name] = torch.empty(images.array.shape, dtype=torch.uint8, device=device)
+        copy = torch.empty(images.array.shape, dtype=torch.uint8, device=device)
         for start in range(0, len(images), CHUNK):
             part = torch.from_numpy(np.array(images.array[start:start + CHUNK]))
-            _kept[name][start:start + len(part)].copy_(part)
+            copy[start:start + len(part)].copy_(part)
+        _kept[name] = copy  # whole
     return _kept[name]
 
 # %% ../nbs/01ab_gpu.ipynb #6a16973c

@@ -146,8 +146,7 @@ def _gradients(training: Training, pictures: Tensor, targets: Tensor) -> Tensor:
 # %% ../nbs/01e_learner.ipynb #80f92424
 @torch.no_grad()
 def _average(training: Training) -> None:
-    early = (1 + training.step) / (10 + training.step)
-    decay = min(training.config.ema, early) if training.config.ema else 0.0
+    decay = training.config.ema and min(training.config.ema, (1 + training.step) / (10 + training.step))
     means, values = zip(*[pair for pair in training.pairs if pair[0].is_floating_point()])
     torch._foreach_lerp_(means, values, 1 - decay)
     if counts := [pair for pair in training.pairs if not pair[0].is_floating_point()]:
@@ -223,7 +222,7 @@ def train_one_epoch(
         training.losses.append(train_step(training, pictures, targets))
         training.seen += len(targets)
         training.tick()
-        if training.step % check == 0:
+        if training.step % check == 0 or training.step == CHECK:  # the first look is what others are held to
             check_loss(training)
         if training.clock - saved > SAVE_SECONDS:
             save()
@@ -335,4 +334,6 @@ def fit(
         if error.code == "interrupted":
             save()
         raise
+    training.optimizer.zero_grad(set_to_none=True)  # gradients lie in a recording's memory
+    training.replay = None
     return training

@@ -66,7 +66,7 @@ def drop(
 ) -> list[Entrant]:  # the same, with reasons
     """Leave behind who cannot win. One stays: the best, or the quickest that is hardly worse."""
     running = [e for e in entrants if not e.reason]
-    best = max(running, key=lambda e: worth(e.figures))
+    best, seconds = max(running, key=lambda e: worth(e.figures)), max(0.0, seconds)
     need = {e.name: (pictures - e.pictures) / e.forward for e in running}
     behind = {e.name: _lag(e, best) for e in running}
     near = [e for e in running if not behind[e.name]]
@@ -77,8 +77,8 @@ def drop(
         if behind[entrant.name]:
             return replace(entrant, reason=f"{behind[entrant.name]:.3f} behind {best.name}")
         if need[entrant.name] > seconds:
-            wanted, left = need[entrant.name], max(0.0, seconds)
-            return replace(entrant, reason=f"needs {wanted:.0f} s for its features, {left:.0f} are left")
+            wanted = need[entrant.name]
+            return replace(entrant, reason=f"needs {wanted:.0f} s for its features, {seconds:.0f} are left")
         return entrant
     return [judge(entrant) for entrant in entrants]
 

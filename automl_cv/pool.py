@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -102,7 +103,8 @@ def give_way() -> None:
     """Let this thread come after others of its process."""
     sys.setswitchinterval(SWITCH_SECONDS)
     if sys.platform == "linux":  # elsewhere, priorities belong to processes
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 # %% ../nbs/05c_pool.ipynb #2d08f79c
 class Pool(Queue):

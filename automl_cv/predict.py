@@ -65,7 +65,7 @@ def checked(
     try:
         if hash_file(path) == info["files"][name]:
             return path
-    except (OSError, KeyError):
+    except (OSError, KeyError, TypeError):
         raise _damaged(f" is incomplete: {name} cannot be read") from None
     raise _damaged(f"'s {name} is not the file that was exported")
 

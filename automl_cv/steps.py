@@ -87,7 +87,7 @@ def run_notebook(
         papermill.execute_notebook(find_notebook(step), target, params, cwd=os.getcwd(), log_output=False,
                                    progress_bar=sys.stdout.isatty())
     except papermill.PapermillExecutionError as error:
-        code = re.search(r"^code: (\w+)", str(error), re.M)  # the note that an AutomlError carries
-        if error.ename != "AutomlError" or not code:
+        notes = re.findall(r"^code: (\w+)", str(error), re.M)  # an AutomlError carries one, its causes theirs
+        if error.ename != "AutomlError" or not notes:
             raise
-        raise AutomlError(code[1], error.evalue) from None
+        raise AutomlError(notes[-1], error.evalue) from None
