@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from pathlib import Path
 
 import nbformat
 import optuna
