@@ -21,7 +21,6 @@ from .cache import Images, draw_sample
 from .champion import METRICS, Candidate, Limits, offer, worth
 from .convolutions import to_device
 from .core import Run, atomic_path, say
-from .data import read_split
 from .engines import engine_speeds
 from .features import feature_bank
 from .heads import Head, HeadConfig, KnnHead, MlpHead, fit_head, head_grid, search_heads
