@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from .baseline import standard_config
-from .cache import Images
 from .champion import METRICS, Candidate, Limits, draw_leaderboard, require_champion, worth
 from .core import AutomlError, Run, atomic_path, read_json, say
 from .data import open_step
