@@ -55,11 +55,21 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/optuna.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
 
 
-def work(folder: str, url: str, wanted: str, pace: str, heartbeat: str = "10", host: str = "") -> None:
-    """Be a worker: `train` by counting to nine, with a checkpoint and a line in the log for each epoch."""
+def work(folder: str, url: str, wanted: str, hold: str = "0", crowd: str = "1", heartbeat: str = "10",
+         host: str = "") -> None:
+    """Be a worker: `train` by counting to nine, with a line in the log and a checkpoint for each epoch.
+
+    In its epoch number `hold`, whichever trial that falls into, it stands still until it is killed.
+    It begins when there are `crowd` workers.
+    """
     study = open_study(Run(Path(folder)), url, heartbeat=int(heartbeat))
+    left = int(hold)
+    Path(folder, f"ready-{os.getpid()}").touch()
+    while len(list(Path(folder).glob("ready-*"))) < int(crowd):
+        time.sleep(0.01)
 
     def objective(trial: optuna.Trial) -> float:
+        nonlocal left
         if host:  # as if this process ran on another machine
             trial.set_user_attr("owner", [host, os.getpid()])
         x = trial.suggest_float("x", 0, 1)
@@ -68,7 +78,9 @@ def work(folder: str, url: str, wanted: str, pace: str, heartbeat: str = "10", h
         for epoch in range(int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1, EPOCHS + 1):
             with Path(folder, "log").open("a") as log:
                 log.write(f"{x!r} {epoch} {os.getpid()}\n")
-            time.sleep(float(pace))
+            left -= 1
+            if left == 0:
+                signal.pause()
             write_bytes(checkpoint, str(epoch).encode())
             trial.report(x * epoch, epoch)
             if trial.should_prune():
@@ -91,23 +103,15 @@ def read_log(folder: Path) -> list[tuple[str, int, int]]:
     return [(x, int(epoch), int(pid)) for x, epoch, pid in map(str.split, lines)]
 
 
-def kill_in_training(folder: Path, worker: subprocess.Popen[bytes], beside: int = 0) -> str:
-    """Kill a worker in the middle of a trial, and return the trial's configuration."""
+def kill_in_training(folder: Path, worker: subprocess.Popen[bytes], hold: int) -> str:
+    """Kill a worker in the epoch in which it stands still, and return the trial's configuration."""
     end = time.monotonic() + 120
-    while time.monotonic() < end:
-        mine = [x for x, _, pid in read_log(folder) if pid == worker.pid]
-        if mine and len({pid for _, _, pid in read_log(folder)}) > beside:
-            worker.send_signal(signal.SIGSTOP)
-            time.sleep(0.01)
-            x, epoch = [(x, epoch) for x, epoch, pid in read_log(folder) if pid == worker.pid][-1]
-            checkpoint = folder / f"{x}.txt"
-            if not checkpoint.exists() or int(checkpoint.read_text()) < epoch:  # in an epoch, not between two trials
-                worker.kill()
-                worker.wait()
-                return x
-            worker.send_signal(signal.SIGCONT)
+    while len(mine := [x for x, _, pid in read_log(folder) if pid == worker.pid]) < hold:
+        assert worker.poll() is None and time.monotonic() < end, "the worker never came to train"
         time.sleep(0.01)
-    raise AssertionError("the worker never came to train")
+    worker.kill()
+    worker.wait()
+    return mine[-1]
 
 
 def check(folder: Path, url: str, wanted: int, killed: list[str]) -> optuna.Study:
@@ -130,17 +134,17 @@ def check(folder: Path, url: str, wanted: int, killed: list[str]) -> optuna.Stud
 
 
 def test_workers_that_race_finish_exactly_what_is_wanted(tmp_path, url):
-    workers = [start(tmp_path, url, 14, 0.0) for _ in range(4)]
+    workers = [start(tmp_path, url, 14, 0, 4) for _ in range(4)]
     assert [worker.wait(300) for worker in workers] == [0, 0, 0, 0]
     check(tmp_path, url, 14, [])
     assert len({pid for _, _, pid in read_log(tmp_path)}) > 1
 
 
 def test_killed_workers_lose_nothing(tmp_path, url):
-    workers = [start(tmp_path, url, 8, 0.1) for _ in range(3)]
-    killed = [kill_in_training(tmp_path, worker, beside=1) for worker in workers[:2]]
-    workers.append(start(tmp_path, url, 8, 0.1))
-    assert [worker.wait(300) for worker in workers[2:]] == [0, 0]
+    held = [start(tmp_path, url, 8, hold) for hold in (2, 3)]
+    free = start(tmp_path, url, 8)
+    killed = [kill_in_training(tmp_path, worker, hold) for worker, hold in zip(held, (2, 3), strict=True)]
+    assert [worker.wait(300) for worker in (free, start(tmp_path, url, 8))] == [0, 0]
     study = check(tmp_path, url, 8, killed)
     assert {repr(trial.params["x"]) for trial in study.trials if trial.state.name == "FAIL"} == set(killed)
 
@@ -149,17 +153,16 @@ def test_lone_worker_that_is_killed_tries_what_it_would_have_tried(tmp_path, url
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     for folder in (killed, straight):
         folder.mkdir()
-    cut = [kill_in_training(killed, start(killed, url, 9, 0.05)) for _ in range(4)]
-    assert [start(killed, url, 9, 0.0).wait(300), start(straight, url, 9, 0.0).wait(300)] == [0, 0]
+    cut = [kill_in_training(killed, start(killed, url, 9, hold), hold) for hold in (5, 1, 11, 4)]
+    assert [start(killed, url, 9).wait(300), start(straight, url, 9).wait(300)] == [0, 0]
     ends = [[(trial.params["x"], trial.value) for trial in finished_trials(check(folder, url, 9, again))]
             for folder, again in ((killed, cut), (straight, []))]
     assert ends[0] == ends[1]
 
 
 def test_worker_of_another_machine_is_missed_by_its_heartbeat(tmp_path, url):
-    far = start(tmp_path, url, 3, 0.2, 1, "elsewhere")
-    killed = kill_in_training(tmp_path, far)
-    assert start(tmp_path, url, 3, 0.0, 1).wait(300) == 0
+    killed = kill_in_training(tmp_path, start(tmp_path, url, 3, 2, 1, 1, "elsewhere"), 2)
+    assert start(tmp_path, url, 3, 0, 1, 1).wait(300) == 0
     check(tmp_path, url, 3, [killed])
 
 
