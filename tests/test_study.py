@@ -103,15 +103,21 @@ def read_log(folder: Path) -> list[tuple[str, int, int]]:
     return [(x, int(epoch), int(pid)) for x, epoch, pid in map(str.split, lines)]
 
 
-def kill_in_training(folder: Path, worker: subprocess.Popen[bytes], hold: int) -> str:
-    """Kill a worker in the epoch in which it stands still, and return the trial's configuration."""
+def await_hold(folder: Path, worker: subprocess.Popen[bytes], hold: int) -> str:
+    """Wait until a worker stands still, and return the configuration of its trial."""
     end = time.monotonic() + 120
     while len(mine := [x for x, _, pid in read_log(folder) if pid == worker.pid]) < hold:
         assert worker.poll() is None and time.monotonic() < end, "the worker never came to train"
         time.sleep(0.01)
+    return mine[-1]
+
+
+def kill_in_training(folder: Path, worker: subprocess.Popen[bytes], hold: int) -> str:
+    """Kill a worker in the epoch in which it stands still, and return the configuration of its trial."""
+    x = await_hold(folder, worker, hold)
     worker.kill()
     worker.wait()
-    return mine[-1]
+    return x
 
 
 def check(folder: Path, url: str, wanted: int, killed: list[str]) -> optuna.Study:
@@ -141,12 +147,15 @@ def test_workers_that_race_finish_exactly_what_is_wanted(tmp_path, url):
 
 
 def test_killed_workers_lose_nothing(tmp_path, url):
-    held = [start(tmp_path, url, 8, hold) for hold in (2, 3)]
+    held = [(start(tmp_path, url, 8, hold), hold) for hold in (2, 3)]
+    for worker, hold in held:
+        await_hold(tmp_path, worker, hold)
     free = start(tmp_path, url, 8)
-    killed = [kill_in_training(tmp_path, worker, hold) for worker, hold in zip(held, (2, 3), strict=True)]
+    killed = [kill_in_training(tmp_path, worker, hold) for worker, hold in held]
     assert [worker.wait(300) for worker in (free, start(tmp_path, url, 8))] == [0, 0]
     study = check(tmp_path, url, 8, killed)
-    assert {repr(trial.params["x"]) for trial in study.trials if trial.state.name == "FAIL"} == set(killed)
+    failed = [trial for trial in study.trials if trial.state.name == "FAIL" and "spare" not in trial.user_attrs]
+    assert {repr(trial.params["x"]) for trial in failed} == set(killed)
 
 
 def test_lone_worker_that_is_killed_tries_what_it_would_have_tried(tmp_path, url):
