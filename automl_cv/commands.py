@@ -103,8 +103,8 @@ def serve_bundle(
     port: int = 0,  # TCP port; 0 means PORT, or 8000
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, and leave with an exit status where that fails."""
-    from automl_cv.serve import serve
     with told():
+        from automl_cv.serve import serve
         read_bundle(place := find_bundle(bundle))
         serve(bundle if "://" in bundle else str(place), host, port)
 

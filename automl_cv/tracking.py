@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import create_engine
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from .core import AutomlError, Run, hash_file, home, read_json
 
@@ -51,8 +52,13 @@ def _make_tables(path: Path) -> None:
         Path(folder, path.name).replace(path)
 
 # %% ../nbs/01f_tracking.ipynb #d615ab5c
+def _knock(uri: str) -> None:
+    with suppress(ArgumentError, NoSuchModuleError):  # no database
+        create_engine(uri).connect().close()
+
+# %% ../nbs/01f_tracking.ipynb #69c3f6a2
 def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
-    """Connect to MLflow, making what is missing there. Raises AutomlError source_unreachable."""
+    """Connect to MLflow, making what is missing there. Raises AutomlError source_unreachable, missing_extra."""
     home().mkdir(parents=True, exist_ok=True)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
     with (home() / "mlflow.lock").open("w") as lock:
@@ -60,6 +66,7 @@ def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
         if tracking_uri() == f"sqlite:///{_own_file()}" and not _own_file().exists():
             _make_tables(_own_file())
         try:
+            _knock(tracking_uri())
             client = MlflowClient(tracking_uri())
             if found := client.get_experiment_by_name(EXPERIMENT):
                 return client, found.experiment_id
@@ -67,6 +74,9 @@ def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
         except (MlflowException, SQLAlchemyError) as error:
             raise AutomlError("source_unreachable", "MLflow's records do not answer.",
                               "Check MLFLOW_TRACKING_URI, or leave it out.") from error
+        except ModuleNotFoundError as error:
+            raise AutomlError("missing_extra", f"MLFLOW_TRACKING_URI needs the package {error.name}.",
+                              "Install it, like automl_cv[postgres].") from None
 
 # %% ../nbs/01f_tracking.ipynb #e35c090c
 @dataclass(frozen=True)
@@ -152,30 +162,45 @@ def tracked_step(
             monitor.finish()
 
 # %% ../nbs/01f_tracking.ipynb #39f82809
-def _check_copy(client: MlflowClient, source: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+def _find_damage(source: str) -> str:  # a file that is missing or differs, if any
+    name = "model.json"
+    with tempfile.TemporaryDirectory() as folder, suppress(MlflowException, OSError):
         copy = Path(download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=tracking_uri()))
-        files = read_json(copy / "model.json")["files"]
-        wrong = [name for name, digest in files.items() if hash_file(copy / name) != digest]
-    if wrong:
-        raise AutomlError("bundle_damaged", f"The registry's copy of {wrong[0]} differs from the bundle.",
-                          "Check the artifact store.")
+        for name, digest in read_json(copy / "model.json")["files"].items():
+            if hash_file(copy / name) != digest:
+                return name
+        return ""
+    return name
 
 # %% ../nbs/01f_tracking.ipynb #b70e4d2f
-def register(
-    record: Record,  # where the bundle is kept
-    bundle: Path,  # a folder with model.json
-    name: str,  # of the registered model
-) -> str:  # the version, like "3"
-    """Keep a bundle as a new version, check the copy, make it `champion`. Raises AutomlError."""
+def _find_version(client: MlflowClient, bundle: Path, name: str) -> str:  # the version that it is, if any
+    digest = hash_file(bundle / "model.json")
+    same = client.search_model_versions(f"tags.bundle = '{digest}'")
+    return next((str(found.version) for found in same
+                 if found.name == name and not _find_damage(found.source)), "")
+
+# %% ../nbs/01f_tracking.ipynb #4af218eb
+def _add_version(record: Record, bundle: Path, name: str) -> str:  # the version
     record.log_file(bundle)
     source = f"{record.client.get_run(record.run_id).info.artifact_uri}/{bundle.name}"
+    if wrong := _find_damage(source):
+        raise AutomlError("bundle_damaged", f"The registry's copy of {wrong} differs from the bundle.",
+                          "Check the artifact store.")
     try:
         record.client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = record.client.create_model_version(name, source, record.run_id).version
-    _check_copy(record.client, source)
+    tags = {"bundle": hash_file(bundle / "model.json")}
+    return str(record.client.create_model_version(name, source, record.run_id, tags).version)
+
+# %% ../nbs/01f_tracking.ipynb #dfed2f09
+def register(
+    record: Record,  # where the bundle is kept
+    bundle: Path,  # a folder with model.json
+    name: str,  # of the registered model
+) -> str:  # the version, like "3"
+    """Keep a bundle as a version, after checking the copy, and make it `champion`. Raises AutomlError."""
+    version = _find_version(record.client, bundle, name) or _add_version(record, bundle, name)
     record.client.set_registered_model_alias(name, "champion", version)
-    return str(version)
+    return version

@@ -301,6 +301,27 @@ def test_batch_of_a_zip(client, plain):
     assert {row["label"] for row in rows if "label" in row} == {"green"}
 
 
+def test_client_that_takes_no_rows_loses_its_room(start, bundle):
+    """A batch whose rows nobody takes ends: it is written down, and its bytes are counted no longer."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for index in range(40_000):  # rows of 24 MB, more than the sockets hold
+            archive.writestr(f"{index:0500}.png", b"bad")
+    code = "import automl_cv.routes as r; r.STALL_SECONDS = 0.5; from automl_cv.serve import serve; serve()"
+    with start(bundle, ("-c", code)) as server:
+        where = httpx.URL(server.url)
+        with socket.create_connection((where.host, where.port)) as client:
+            head = f"POST /predict/batch HTTP/1.1\r\nHost: {where.host}\r\nContent-Type: application/zip\r\n"
+            client.sendall(f"{head}Content-Length: {len(file.getvalue())}\r\n\r\n".encode() + file.getvalue())
+            journal = server.log.with_name("journal.txt")
+            end = time.monotonic() + 60
+            while "/predict/batch" not in journal.read_text():
+                assert time.monotonic() < end, "the batch never ended"
+                time.sleep(0.1)
+            assert httpx.get(f"{server.url}/health/ready", trust_env=False).status_code == 200
+        assert "Traceback" not in server.log.read_text()
+
+
 def check_not_ready(server, code, plain):
     """Check a service that lives without a model."""
     assert httpx.get(f"{server.url}/health/live", trust_env=False).status_code == 200
@@ -328,11 +349,17 @@ def test_missing_bundle_is_not_ready(start, plain, tmp_path):
         check_not_ready(server, "bundle_not_found", plain)
 
 
-def test_bad_port_is_one_line():
-    run = subprocess.run([sys.executable, "-m", "automl_cv.serve"], env=os.environ | {"PORT": "eighty"},
+@pytest.mark.parametrize("name, value, hint", [
+    ("PORT", "eighty", "PORT is 'eighty'. Give a number from 1 to 65535."),
+    ("AUTOML_CV_WATCH", "often", "AUTOML_CV_WATCH is 'often'. Give seconds."),
+    ("AUTOML_CV_API_KEYS", "secret", "AUTOML_CV_API_KEYS holds something that is not a sha256. "
+                                     "Write printf %s KEY | sha256sum, never the key itself."),
+])
+def test_bad_setting_is_one_line(name, value, hint):
+    run = subprocess.run([sys.executable, "-m", "automl_cv.serve"], env=os.environ | {name: value},
                          capture_output=True, text=True, timeout=30)
     assert run.returncode == 2
-    assert run.stderr == "wrong_parameter_type: PORT is 'eighty'. Give a number from 1 to 65535.\n"
+    assert run.stderr == f"wrong_parameter_type: {hint}\n"
 
 
 def corpus_images(maker, out):

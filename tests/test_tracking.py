@@ -43,9 +43,10 @@ def test_killed_while_it_makes_the_database(tmp_path, monkeypatch, share):
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.lock"}
 
 
-def test_server_that_does_not_answer_is_said_in_words(tmp_path, monkeypatch):
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "postgresql+psycopg://me@127.0.0.1:9/none", "carrier://pigeon"])
+def test_server_that_does_not_answer_is_said_in_words(tmp_path, monkeypatch, uri):
     monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # nobody listens there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(AutomlError) as caught:
         connect()
