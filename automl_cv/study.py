@@ -194,6 +194,7 @@ def run_trials(
     objective: Callable[[Trial], float],  # runs a trial; raises optuna.TrialPruned to pause or end it
     wanted: int,  # finished trials, at least 1
     ready: Callable[[], bool] = lambda: True,  # asked before each trial; False ends the search
+    after: Callable[[FrozenTrial], None] = lambda trial: None,  # told of each trial of this worker, once it counts
     pause: float = 0.5,  # seconds between two looks at the other workers
 ) -> None:
     """Run trials, beside any other workers, until enough have finished. Raises what `objective` raises."""
@@ -210,7 +211,8 @@ def run_trials(
             continue
         taken_away: list[int] = []
         try:
-            study.optimize(_own(study, objective, wanted, taken_away), n_trials=1, catch=(_Spare,))
+            study.optimize(_own(study, objective, wanted, taken_away), n_trials=1, catch=(_Spare,),
+                           callbacks=[lambda study, trial: after(trial)])
         except (UpdateFinishedTrialError, ValueError):
             if not taken_away:
                 raise

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .cache import Images
 from .champion import Candidate, Limits, alone, judged_by, worth, write_row
@@ -145,8 +145,6 @@ def run_trial(
             trial.set_user_attr("reason", reason)
             record.log_tags({"state": "pruned", "reason": reason})
             say(f"  trial {trial.number} pruned, {reason}")
-    if "paused" not in trial.user_attrs:
-        search.checkpoint(config).unlink(missing_ok=True)
     if reason:
         raise optuna.TrialPruned(reason)
     return value
@@ -188,7 +186,12 @@ def search_trials(
         if "continues" not in trial.user_attrs:
             longest = int(min(longest, max(1.0, affordable_epochs(study, left))))
         return run_trial(replace(search, max_epochs=longest), trial, max(left, 1.0) if seconds else 0.0)
-    run_trials(study, objective, trials, lambda: _is_ready(study, search, known, deadline - time.monotonic()))
+
+    def forget(trial: FrozenTrial) -> None:  # not before it counts: a kill in between would train it again
+        if "config" in trial.user_attrs and "paused" not in trial.user_attrs:
+            search.checkpoint(Config(**trial.user_attrs["config"])).unlink(missing_ok=True)
+    run_trials(study, objective, trials, lambda: _is_ready(study, search, known, deadline - time.monotonic()),
+               forget)
 
 # %% ../nbs/03_tune.ipynb #dee8e4e8
 def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:
