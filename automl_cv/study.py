@@ -194,7 +194,7 @@ def run_trials(
     objective: Callable[[Trial], float],  # runs a trial; raises optuna.TrialPruned to pause or end it
     wanted: int,  # finished trials, at least 1
     ready: Callable[[], bool] = lambda: True,  # asked before each trial; False ends the search
-    after: Callable[[FrozenTrial], None] = lambda trial: None,  # told of each trial of this worker, once it counts
+    after: Callable[[FrozenTrial], None] = lambda trial: None,  # told of each of its trials, once it counts
     pause: float = 0.5,  # seconds between two looks at the other workers
 ) -> None:
     """Run trials, beside any other workers, until enough have finished. Raises what `objective` raises."""

@@ -58,7 +58,7 @@ def _knock(uri: str) -> None:
 
 # %% ../nbs/01f_tracking.ipynb #69c3f6a2
 def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
-    """Connect to MLflow, making what is missing there. Raises AutomlError source_unreachable, missing_extra."""
+    """Connect to MLflow, making what is missing. Raises AutomlError source_unreachable, missing_extra."""
     home().mkdir(parents=True, exist_ok=True)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
     with (home() / "mlflow.lock").open("w") as lock:
