@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import optuna
@@ -173,6 +174,42 @@ def test_worker_of_another_machine_is_missed_by_its_heartbeat(tmp_path, url):
     killed = kill_in_training(tmp_path, start(tmp_path, url, 3, 2, 1, 1, "elsewhere"), 2)
     assert start(tmp_path, url, 3, 0, 1, 1).wait(300) == 0
     check(tmp_path, url, 3, [killed])
+
+
+def test_paused_trial_that_two_workers_continue_at_once_is_trained_once(tmp_path, url):
+    fork = get_context("fork")
+    both = fork.Barrier(2)
+
+    def train(trial: optuna.Trial) -> float:
+        x, again = trial.suggest_float("x", 0, 1), "continues" in trial.user_attrs
+        with Path(tmp_path, "log").open("a") as log:
+            log.write(f"{x!r} {2 if again else 1} {os.getpid()}\n")
+        trial.set_user_attr("epochs", EPOCHS)
+        trial.report(x, 1)
+        if not trial.number:
+            trial.set_user_attr("paused", 1)
+            raise optuna.TrialPruned
+        return x
+
+    def go_on() -> None:
+        study = open_study(Run(tmp_path), url)
+        assert promote_paused(study, lambda trial: both.wait(60) >= 0)  # both have seen an empty queue
+        both.wait(60)
+        run_trials(study, train, 2)
+
+    run_trials(open_study(Run(tmp_path), url), train, 1)
+    workers = [fork.Process(target=go_on) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    study = open_study(Run(tmp_path), url)
+    assert [trial.user_attrs.get("continues") for trial in study.trials[:3]] == [None, 0, 0]
+    assert study.trials[2].user_attrs["spare"] and study.trials[2].params == {}
+    trained = [(x, epoch) for x, epoch, _ in read_log(tmp_path)]
+    first = repr(study.trials[0].params["x"])
+    assert trained[0] == (first, 1) and trained.count((first, 2)) == 1 and len(trained) == 3  # one is another one
 
 
 def test_step_is_finished_by_the_worker_that_is_left(tmp_path, postgres, monkeypatch):
