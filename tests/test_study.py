@@ -9,13 +9,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
 import optuna
 import pytest
 
-from automl_cv.core import Run, write_bytes
+from automl_cv.core import AutomlError, Run, check_stop, write_bytes
 from automl_cv.study import open_study, run_trials
 from automl_cv.trials import finished_trials, promote_paused
 from conftest import free_port
@@ -60,7 +61,7 @@ def work(folder: str, url: str, wanted: str, hold: str = "0", crowd: str = "1", 
          host: str = "") -> None:
     """Be a worker: `train` by counting to nine, with a line in the log and a checkpoint for each epoch.
 
-    In its epoch number `hold`, whichever trial that falls into, it stands still until it is killed.
+    In its epoch number `hold`, whichever trial that falls into, it stands still until it is killed or stopped.
     It begins when there are `crowd` workers.
     """
     study = open_study(Run(Path(folder)), url, heartbeat=int(heartbeat))
@@ -77,11 +78,15 @@ def work(folder: str, url: str, wanted: str, hold: str = "0", crowd: str = "1", 
         trial.set_user_attr("epochs", EPOCHS)
         checkpoint = Path(folder, f"{x!r}.txt")
         for epoch in range(int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1, EPOCHS + 1):
+            check_stop()
             with Path(folder, "log").open("a") as log:
                 log.write(f"{x!r} {epoch} {os.getpid()}\n")
             left -= 1
             if left == 0:
-                signal.pause()
+                with suppress(AutomlError):
+                    while True:
+                        check_stop()
+                        time.sleep(0.01)
             write_bytes(checkpoint, str(epoch).encode())
             trial.report(x * epoch, epoch)
             if trial.should_prune():
@@ -90,6 +95,20 @@ def work(folder: str, url: str, wanted: str, hold: str = "0", crowd: str = "1", 
         return x
 
     run_trials(study, objective, int(wanted), lambda: promote_paused(study) or True)
+
+
+def lead(words: list[str]) -> None:
+    """Be the process that a user starts: work beside two helpers, as `automl-cv tune --workers 3` does."""
+    from automl_cv.commands import stop_on_signals, told
+    from automl_cv.workers import helpers
+
+    with told(), stop_on_signals(), helpers(2, "test_study:help_work", words):
+        work(*words)
+
+
+def help_work(words: list[str]) -> None:
+    """Be a helper."""
+    work(*words)
 
 
 def start(folder: Path, *words: object) -> subprocess.Popen[bytes]:
@@ -210,6 +229,33 @@ def test_paused_trial_that_two_workers_continue_at_once_is_trained_once(tmp_path
     trained = [(x, epoch) for x, epoch, _ in read_log(tmp_path)]
     first = repr(study.trials[0].params["x"])
     assert trained[0] == (first, 1) and trained.count((first, 2)) == 1 and len(trained) == 3  # one is another one
+
+
+def test_interrupt_ends_all_workers_and_the_next_call_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    url = f"sqlite:///{tmp_path}/optuna.db"
+
+    def call(hold: int) -> subprocess.Popen[str]:
+        code = "import sys; from test_study import lead; lead(sys.argv[1:])"
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path), url, "8", str(hold), "3"], text=True,
+                                stderr=subprocess.PIPE, start_new_session=True)
+
+    first, end = call(2), time.monotonic() + 120
+    try:
+        while list((busy := Counter(pid for _, _, pid in read_log(tmp_path))).values()) != [2, 2, 2]:
+            assert first.poll() is None and time.monotonic() < end, busy
+            time.sleep(0.01)
+    finally:
+        os.killpg(first.pid, signal.SIGINT)
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 4 and "[interrupted]" in said and first.pid in busy
+    assert "Stopped at once" not in said and "Traceback" not in said  # so ends who is asked twice, and saves nothing
+    for worker in busy:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    assert call(0).wait(120) == 0
+    check(tmp_path, url, 8, [])
 
 
 def test_step_is_finished_by_the_worker_that_is_left(tmp_path, postgres, monkeypatch):
