@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -82,6 +83,7 @@ def test_no_service_is_an_error_after_all_tries(files, free):
 
 
 REFUSED = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+TOO_MANY = REFUSED.replace(b"503 Service Unavailable", b"429 Too Many Requests")
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\nConnection: close\r\n\r\n" + b'{"label": "x"}'
 
 
@@ -106,10 +108,11 @@ def scripted(listener, script, heard):
                 line.sendall(reply)
 
 
-@pytest.mark.parametrize("script", [[None, None, ANSWER], [REFUSED, ANSWER], [ANSWER[:-5], None, REFUSED, ANSWER]],
-                         ids=["reset", "busy", "half an answer"])
+@pytest.mark.parametrize("script", [[None, None, ANSWER], [REFUSED, ANSWER], [TOO_MANY, TOO_MANY, ANSWER],
+                                    [ANSWER[:-5], None, REFUSED, ANSWER]],
+                         ids=["reset", "busy", "too many", "half an answer"])
 def test_transient_trouble_is_outlived(files, script):
-    heard = []
+    heard, began = [], time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=scripted, args=(listener, script, heard), daemon=True)
         thread.start()
@@ -117,3 +120,4 @@ def test_transient_trouble_is_outlived(files, script):
         assert client.predict(files[0]) == {"label": "x"}
         thread.join(10)
     assert len(heard) == len(script) and all(b"Authorization: Bearer abc" in request for request in heard)
+    assert time.monotonic() - began >= script.count(REFUSED) + script.count(TOO_MANY)  # seconds, as Retry-After asks

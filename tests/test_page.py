@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -408,6 +409,28 @@ def test_failed_rows_are_tried_again(open_page, server, plain):
     page.wait_for_selector("#rows tr.failed", state="detached")
     page.wait_for_selector("#download:enabled")
     assert [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["blue.png", "blue"]]
+
+
+def test_stop_ends_the_uploading_and_keeps_what_came(open_page, server, plain):
+    """Six pictures are answered, the next four are under way when it is stopped, and the others are never sent."""
+    page, sent = open_page(f"{server.url}/batch"), []
+    page.route("**/predict?*", lambda route: sent.append(route) or len(sent) > 6 or route.continue_())
+    page.set_input_files("#files", [picture(plain, "red") | {"name": f"{n:02}.png"} for n in range(40)])
+    page.wait_for_selector("text=6 of 40 done")
+    end = time.monotonic() + 10
+    while len(sent) < 10 and time.monotonic() < end:
+        page.wait_for_timeout(20)
+    page.click("#stop")
+    page.wait_for_selector("#download:enabled")
+    assert page.inner_text("#status") == "40 files done, 34 failed" and page.is_hidden("#stop")
+    assert len(sent) == 10
+    rows = download(page)[1:]
+    assert [row[0] for row in rows] == [f"{n:02}.png" for n in range(40)]
+    assert sorted((row[1], row[-1]) for row in rows) == [("", "stopped")] * 34 + [("red", "")] * 6
+    page.unroute("**/predict?*")
+    page.click("#retry")
+    page.wait_for_selector("text=40 files done")
+    assert [row[1] for row in download(page)[1:]] == ["red"] * 40
 
 
 def test_a_folder_and_names_that_spreadsheets_would_run(open_page, server, plain, tmp_path):

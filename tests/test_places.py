@@ -49,6 +49,21 @@ def test_address_is_served_and_swapped(stored, start, plain):
     assert "bundle_damaged: The bundle's model.onnx is not the file" in server.log.read_text()
 
 
+def test_address_is_loaded_once_for_each_signal(stored, start):
+    bucket, put, where = stored  # noqa: F811
+    asked = []  # for the list of the bundle's files, which each load begins with
+    bucket.proxy.fault = lambda path, span: "prefix=" in path and asked.append(path) or ""
+    with start(where, AUTOML_CV_WATCH="0.1") as server:  # which is for folders: the copy changes with each load
+        for loads, name in enumerate(("first", "second", "third"), 1):
+            if name != "first":
+                put(name)
+                server.process.send_signal(signal.SIGHUP)
+            end = time.monotonic() + 30
+            while name_of(server) != name and time.monotonic() < end:
+                time.sleep(0.05)
+            assert (name_of(server), len(asked)) == (name, loads)
+
+
 def test_address_is_predicted_with(stored, plain, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/sky.png").write_bytes(plain("blue"))

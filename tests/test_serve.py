@@ -1,4 +1,5 @@
 """The service as a process: real sockets, real signals, real damage. The notebooks test the rest."""
+import base64
 import csv
 import hashlib
 import importlib.util
@@ -154,6 +155,39 @@ def test_sigterm_finishes_what_was_accepted(start, bundle, plain):
             assert good.makefile("rb").read().startswith(b"HTTP/1.1 200")
             assert server.process.wait(8) == 0
             assert time.monotonic() - asked < 8
+
+
+def test_sigterm_finishes_an_inference_request(start, bundle, plain):
+    """Who has begun to send is answered after the door is shut; ready is no longer said before that."""
+    files = {"name": "files", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(plain("blue")).decode()]}
+    body = json.dumps({"inputs": [files], "outputs": [{"name": "label"}]}).encode()
+    with start(bundle) as server:
+        where = httpx.URL(server.url)
+        path = f"/v2/models/{httpx.get(f'{server.url}/model', trust_env=False).json()['name']}"
+        assert httpx.get(f"{server.url}{path}/ready", trust_env=False).status_code == 200
+        with socket.create_connection((where.host, where.port)) as line:
+            line.sendall(f"POST {path}/infer HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                         + body[:50])
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            refused = httpx.get(f"{server.url}{path}/ready", trust_env=False)
+            assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+            await_closed_door(where)
+            time.sleep(2)  # by now, only accepted requests are waited for
+            line.sendall(body[50:])
+            head, answer = line.makefile("rb").read().split(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200") and b"connection: close" in head.lower()
+        assert json.loads(answer)["outputs"] == [{"name": "label", "datatype": "BYTES", "shape": [1], "data": ["blue"]}]
+        assert server.process.wait(8) == 0
+
+
+def await_closed_door(where):
+    """Wait until nobody can connect to a service any more."""
+    end = time.monotonic() + 10
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < end:
+            socket.create_connection((where.host, where.port)).close()
+            time.sleep(0.05)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import optuna
 import pytest
 
-from automl_cv.core import Run, write_bytes
+from automl_cv.core import AutomlError, Run, check_stop, write_bytes
 from automl_cv.study import open_study, run_trials
 from automl_cv.trials import finished_trials, promote_paused
 from conftest import free_port
@@ -59,7 +61,7 @@ def work(folder: str, url: str, wanted: str, hold: str = "0", crowd: str = "1", 
          host: str = "") -> None:
     """Be a worker: `train` by counting to nine, with a line in the log and a checkpoint for each epoch.
 
-    In its epoch number `hold`, whichever trial that falls into, it stands still until it is killed.
+    In its epoch number `hold`, whichever trial that falls into, it stands still until it is killed or stopped.
     It begins when there are `crowd` workers.
     """
     study = open_study(Run(Path(folder)), url, heartbeat=int(heartbeat))
@@ -76,11 +78,15 @@ def work(folder: str, url: str, wanted: str, hold: str = "0", crowd: str = "1", 
         trial.set_user_attr("epochs", EPOCHS)
         checkpoint = Path(folder, f"{x!r}.txt")
         for epoch in range(int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1, EPOCHS + 1):
+            check_stop()
             with Path(folder, "log").open("a") as log:
                 log.write(f"{x!r} {epoch} {os.getpid()}\n")
             left -= 1
             if left == 0:
-                signal.pause()
+                with suppress(AutomlError):
+                    while True:
+                        check_stop()
+                        time.sleep(0.01)
             write_bytes(checkpoint, str(epoch).encode())
             trial.report(x * epoch, epoch)
             if trial.should_prune():
@@ -89,6 +95,20 @@ def work(folder: str, url: str, wanted: str, hold: str = "0", crowd: str = "1", 
         return x
 
     run_trials(study, objective, int(wanted), lambda: promote_paused(study) or True)
+
+
+def lead(words: list[str]) -> None:
+    """Be the process that a user starts: work beside two helpers, as `automl-cv tune --workers 3` does."""
+    from automl_cv.commands import stop_on_signals, told
+    from automl_cv.workers import helpers
+
+    with told(), stop_on_signals(), helpers(2, "test_study:help_work", words):
+        work(*words)
+
+
+def help_work(words: list[str]) -> None:
+    """Be a helper."""
+    work(*words)
 
 
 def start(folder: Path, *words: object) -> subprocess.Popen[bytes]:
@@ -173,6 +193,69 @@ def test_worker_of_another_machine_is_missed_by_its_heartbeat(tmp_path, url):
     killed = kill_in_training(tmp_path, start(tmp_path, url, 3, 2, 1, 1, "elsewhere"), 2)
     assert start(tmp_path, url, 3, 0, 1, 1).wait(300) == 0
     check(tmp_path, url, 3, [killed])
+
+
+def test_paused_trial_that_two_workers_continue_at_once_is_trained_once(tmp_path, url):
+    fork = get_context("fork")
+    both = fork.Barrier(2)
+
+    def train(trial: optuna.Trial) -> float:
+        x, again = trial.suggest_float("x", 0, 1), "continues" in trial.user_attrs
+        with Path(tmp_path, "log").open("a") as log:
+            log.write(f"{x!r} {2 if again else 1} {os.getpid()}\n")
+        trial.set_user_attr("epochs", EPOCHS)
+        trial.report(x, 1)
+        if not trial.number:
+            trial.set_user_attr("paused", 1)
+            raise optuna.TrialPruned
+        return x
+
+    def go_on() -> None:
+        study = open_study(Run(tmp_path), url)
+        assert promote_paused(study, lambda trial: both.wait(60) >= 0)  # both have seen an empty queue
+        both.wait(60)
+        run_trials(study, train, 2)
+
+    run_trials(open_study(Run(tmp_path), url), train, 1)
+    workers = [fork.Process(target=go_on) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    study = open_study(Run(tmp_path), url)
+    assert [trial.user_attrs.get("continues") for trial in study.trials[:3]] == [None, 0, 0]
+    assert study.trials[2].user_attrs["spare"] and study.trials[2].params == {}
+    trained = [(x, epoch) for x, epoch, _ in read_log(tmp_path)]
+    first = repr(study.trials[0].params["x"])
+    assert trained[0] == (first, 1) and trained.count((first, 2)) == 1 and len(trained) == 3  # one is another one
+
+
+def test_interrupt_ends_all_workers_and_the_next_call_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    url = f"sqlite:///{tmp_path}/optuna.db"
+
+    def call(hold: int) -> subprocess.Popen[str]:
+        code = "import sys; from test_study import lead; lead(sys.argv[1:])"
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path), url, "8", str(hold), "3"], text=True,
+                                stderr=subprocess.PIPE, start_new_session=True)
+
+    first, end = call(2), time.monotonic() + 120
+    try:
+        while list((busy := Counter(pid for _, _, pid in read_log(tmp_path))).values()) != [2, 2, 2]:
+            assert first.poll() is None and time.monotonic() < end, busy
+            time.sleep(0.01)
+    finally:
+        os.killpg(first.pid, signal.SIGINT)
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 4 and "[interrupted]" in said and first.pid in busy
+    assert "Stopped at once" not in said and "Traceback" not in said  # so ends who is asked twice, and saves nothing
+    for worker in busy:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    assert call(0).wait(120) == 0
+    check(tmp_path, url, 8, [])
 
 
 def test_step_is_finished_by_the_worker_that_is_left(tmp_path, postgres, monkeypatch):

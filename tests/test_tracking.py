@@ -1,9 +1,12 @@
-"""MLflow's database is made once, however many processes ask for it."""
+"""MLflow's database is made once, however many processes ask for it, and a bundle is registered once."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,35 @@ def test_killed_while_it_makes_the_database(tmp_path, monkeypatch, share):
     worker.join()
     assert worker.exitcode == -signal.SIGKILL and connect()[1] == connect()[1]
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.lock"}
+
+
+KILLED = """
+import os, signal, sys
+from automl_cv import data, plan, tracking, train
+
+def register(*told):
+    tracking.register(*told)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train.register, plan.SMALL = register, 0  # what is not small is judged, and offered, after each epoch
+data.run_step(sys.argv[1], "demo:4")
+train.run_step(sys.argv[1], epochs=1)
+"""
+
+
+def test_killed_after_it_registered_the_bundle(tmp_path, monkeypatch):
+    from automl_cv.train import run_step
+
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    monkeypatch.setattr("automl_cv.plan.SMALL", 0)
+    folder = str(tmp_path / "runs/r")
+    assert subprocess.run([sys.executable, "-c", KILLED, folder], timeout=100).returncode == -signal.SIGKILL
+    client = connect()[0]
+    assert [one.version for one in client.search_model_versions("name = 'automl_cv'")] == [1]
+    assert not Path(folder, "train.json").exists()
+    assert run_step(folder, epochs=1)["version"] == "1"
+    (version,) = client.search_model_versions("name = 'automl_cv'")
+    assert client.get_model_version_by_alias("automl_cv", "champion").version == version.version == 1
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "postgresql+psycopg://me@127.0.0.1:9/none", "carrier://pigeon"])
