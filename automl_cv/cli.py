@@ -24,7 +24,7 @@ from .core import AutomlError, Run, hash_bytes, home, look_up, open_run, parse_t
 from .deploy import Target
 from .deploy import deploy as deploy_bundle
 from .pipeline import PRESETS, Request, plan_step, run_pipeline
-from .steps import Execute, call_step, run_notebook
+from .steps import call_step, run_notebook
 
 # %% ../nbs/07a_cli.ipynb #3086c477
 def closing_lines(
@@ -52,7 +52,7 @@ cli = typer.Typer(help="Labelled images in, a classifier you can trust and a ser
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Data = Annotated[str, typer.Argument(help="Folder, archive, table, address, torchvision:NAME, or demo.")]
 Bundle = Annotated[str, typer.Argument(help="A bundle: folder, address, or models:/NAME@champion.")]
-Out = Annotated[Path, typer.Option(help="The run's folder.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/latest of the workspace by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 LabelColumn = Annotated[str, typer.Option("--label", help="Column of a table; empty finds it.")]
 GroupColumn = Annotated[str, typer.Option("--group", help="Column of what stays together, like a patient.")]
@@ -72,17 +72,24 @@ def _quiet(as_json: bool) -> Any:
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 # %% ../nbs/07a_cli.ipynb #ac9ac0f6
-def _finish(run: Run, request: Request, execute: Execute, as_json: bool) -> None:
+def _finish(run: Run, request: Request, as_json: bool) -> None:
     with told(run), stop_on_signals():
         with _quiet(as_json):
-            results = run_pipeline(run, request, execute)
+            results = run_pipeline(run, request, run_notebook if request.notebooks else call_step)
         print(json.dumps(results) if as_json else "\n".join(closing_lines(run, results)))
 
 # %% ../nbs/07a_cli.ipynb #46f875ba
+def _new_run(folder: Path) -> Run:
+    if "finished" in Run(folder).read("steps", {}).get("data", {}):
+        raise AutomlError("run_exists", f"{folder} holds a run.",
+                          f"Go on with {command()} resume {folder}, or choose another --out.")
+    return open_run(folder)
+
+# %% ../nbs/07a_cli.ipynb #b85682e5
 @cli.command()
 def run(
     data: Data,
-    out: Out = Path("outputs/runs/latest"),
+    out: Out = None,
     preset: Annotated[str, typer.Option(help="How thorough: quick, balanced or best.")] = "balanced",
     time_: Annotated[str, typer.Option("--time", help="Budget, like 90s, 30m, 1.5h, or none.")] = "",
     backbone: Annotated[str, typer.Option(help="A network of the zoo; auto lets them race.")] = "auto",
@@ -108,15 +115,13 @@ def run(
     with told():
         chosen = look_up(PRESETS, preset, "preset")
         seconds = 0.0 if time_ == "none" else parse_time(time_) if time_ else chosen.seconds
-        if (out / "request.json").exists():
-            raise AutomlError("run_exists", f"{out} holds a run.",
-                              f"Go on with {command()} resume {out}, or choose another --out.")
+        opened = _new_run(out or home() / "runs" / "latest")
     request = Request(data, backbone, not scratch, transforms, size, seconds,
                       chosen.trials if trials < 0 else trials, max_epochs or chosen.max_epochs, epochs,
                       batch_size, min_accuracy, metric, max_latency_ms, max_size_mb, target_accuracy, int8,
                       space, storage, workers, name, seed, label, group, fix,
-                      str(review.resolve()) if review else "")
-    _finish(open_run(out), request, run_notebook if notebooks else call_step, as_json)
+                      str(review.resolve()) if review else "", notebooks)
+    _finish(opened, request, as_json)
 
 # %% ../nbs/07a_cli.ipynb #a702336b
 Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
@@ -140,7 +145,7 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run that was stopped or killed; what was finished is not done again."""
-    _finish(Run(folder), _asked(folder), call_step, as_json)
+    _finish(Run(folder), _asked(folder), as_json)
 
 # %% ../nbs/07a_cli.ipynb #5f428946
 @cli.command()
@@ -198,7 +203,8 @@ def check_lines(
             ", ".join(f"{name} {count}" for name, count in facts["splits"].items() if count),
             *facts["warnings"], *found, "",
             f"Report     {run.path}/report.html",
-            f"Decisions  {run.path}/review.csv, edit the column action and give it back with --apply"]
+            f"Decisions  {run.path}/{run.read('data')['review'][0]}, edit the column action and give it back "
+            "with --apply"]
 
 # %% ../nbs/07a_cli.ipynb #58a2aa99
 def check_folder(
@@ -212,7 +218,7 @@ def check_folder(
 def _refuse(error: AutomlError) -> None:
     print(json.dumps({"outcome": "rejected", "status": error.status, "code": error.code,
                       "detail": str(error)}))
-    raise typer.Exit(error.exit_code)
+    sys.exit(error.exit_code)
 
 # %% ../nbs/07a_cli.ipynb #ee1ee9a6
 @cli.command()
@@ -227,6 +233,9 @@ def check(
     """Read a data set, say what was found and what to do about it, and train nothing."""
     from automl_cv.data import run_step
     with told(), stop_on_signals():
+        if out and (out / "request.json").exists():
+            raise AutomlError("run_exists", f"{out} holds a run, whose split this would replace.",
+                              "Choose another --out.")
         run = open_run(out or check_folder(data))
         try:
             with _quiet(as_json):

@@ -71,7 +71,9 @@ def ask(
     headers: Mapping[str, str] | None = None,  # like {"Authorization": "Bearer ..."}
     **options: Any,  # what else to ask for, like top_k=3
 ) -> dict[str, Any]:  # label, confidence, class_index; and labels, where there may be several
-    """Send one picture to a service. Raises AutomlError with the service's code, or not_ready."""
+    """Send one picture to a service. Raises AutomlError: the service's, not_ready, wrong_parameter_type."""
+    if not url.startswith(("http://", "https://")):
+        raise AutomlError("wrong_parameter_type", f"{url!r} is no address.", "Write http:// before it.")
     address = f"{url}/predict" + (f"?{urlencode(options)}" if options else "")
     for tried in range(tries):
         try:

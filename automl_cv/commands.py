@@ -9,6 +9,7 @@ __all__ = ['command', 'told', 'find_bundle', 'part_name', 'classify_files', 'ser
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .batch import print_table, walk, write_table
-from .core import AutomlError, Run, stop_on_signals
+from .core import CODES, AutomlError, Run, stop_on_signals
+from .loading import note_hangups
 from .places import fetch_bundle
 from .predict import Predictor, read_bundle
 
@@ -53,6 +55,10 @@ def told(
         if run and known.code == "interrupted":
             print(f"Go on with: {command()} resume {run.path}", file=sys.stderr)
         sys.exit(known.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error} [internal_error]", file=sys.stderr)
+        sys.exit(CODES["internal_error"].exit_code)
 
 # %% ../nbs/06b_commands.ipynb #374edfef
 def find_bundle(
@@ -87,6 +93,10 @@ def classify_files(
 ) -> None:
     """Classify pictures into a table, and leave with an exit status where that fails."""
     with told(), stop_on_signals():
+        if task >= tasks:
+            raise AutomlError("wrong_parameter_type", f"There is no share {task} of {tasks}.", "Begin with 0.")
+        if csv and csv.is_dir():
+            raise AutomlError("wrong_parameter_type", f"{csv} is a folder.", "Name a file after --csv.")
         table = csv and part_name(csv, task, tasks)
         predictor = Predictor(find_bundle(bundle))
         own = {part_name(csv, number, tasks).resolve() for number in range(tasks)} if csv else set()
@@ -103,6 +113,7 @@ def serve_bundle(
     port: int = 0,  # TCP port; 0 means PORT, or 8000
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, and leave with an exit status where that fails."""
+    note_hangups()
     with told():
         from automl_cv.serve import serve
         read_bundle(place := find_bundle(bundle))

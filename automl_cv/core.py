@@ -293,15 +293,22 @@ def _ask_to_stop(number: int, frame: Any) -> None:
     if _stop.is_set():
         raise KeyboardInterrupt
     _stop.set()
+
+
+def _say_and_stop(number: int, frame: Any) -> None:
+    _ask_to_stop(number, frame)
     print("\nStopping at the next safe point. Press Ctrl-C again to stop at once.",
           file=sys.stderr, flush=True)
 
 # %% ../nbs/00_core.ipynb #fec58a76
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
+def stop_on_signals(
+    quiet: bool = False,  # for a process that another one leads, and which has said it already
+) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a request that `check_stop` answers, for as long as the block runs."""
     _stop.clear()
-    old = {number: signal.signal(number, _ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    ask = _ask_to_stop if quiet else _say_and_stop
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

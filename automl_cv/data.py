@@ -10,6 +10,7 @@ __all__ = ['NAMES', 'natural_key', 'list_classes', 'fingerprint', 'read_manifest
 import re
 from collections import Counter
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -176,25 +177,38 @@ def summarise(
             "fingerprint": fingerprint(used), "seal": fingerprint(used[used.split == "test"])}
 
 # %% ../nbs/01_data.ipynb #983d8f63
+def _review_path(run: Run, given: str) -> Path:
+    written = run.read("data", {}).get("review")
+    for number in count(1):
+        path = run.path / (f"review-{number}.csv" if number > 1 else "review.csv")
+        if not path.exists():
+            return path
+        if [path.name, hash_file(path)] == written and not (given and path.samefile(given)):
+            return path
+
+# %% ../nbs/01_data.ipynb #1fd06903
 def write_results(
     run: Run,  # where the results go
     source: Source,  # an opened source
     manifest: pd.DataFrame,  # one row per file, with splits
     findings: list[Finding],  # what was found
     summary: dict[str, Any],  # the content of data.json
+    given: str = "",  # a review.csv that was applied
 ) -> None:
     """Write manifest, findings, review table and data.json, and the report where something changed."""
+    table = _review_path(run, given)
     with atomic_path(run.manifest) as path:
         manifest.to_parquet(path, index=False)
     run.write("findings", [asdict(finding) for finding in findings])
-    write_review(run.path / "review.csv", findings_table(findings, manifest))
+    write_review(table, findings_table(findings, manifest))
     shown = [hash_file(run.path / name) for name in ("manifest.parquet", "findings.json")]
     if run.read("data", {}).get("shown") != shown or not (run.path / "report.html").exists():
         write_report(run.path / "report.html", source.by_name(), manifest, findings, summary)
     counts = dict(Counter(finding.kind for finding in findings))
-    run.write("data", summary | {"findings": counts, "shown": shown})
+    run.write("data", summary | {"findings": counts, "shown": shown,
+                                 "review": [table.name, hash_file(table)]})
 
-# %% ../nbs/01_data.ipynb #1fd06903
+# %% ../nbs/01_data.ipynb #8b10af00
 def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away one
     source: str = "demo:12",  # a folder, archive, table, address, torchvision:NAME, demo:N or demo-multi:N
@@ -213,7 +227,7 @@ def run_step(
     manifest = split_rows(manifest, validation, test, opened.task, seed)
     manifest["fold"] = assign_folds(manifest, task=opened.task, seed=seed)
     summary = summarise(opened, manifest, classes, moved)
-    write_results(run, opened, manifest.drop(columns="thumb"), findings, summary)
+    write_results(run, opened, manifest.drop(columns="thumb"), findings, summary, review)
     for line in [*opened.warnings, *(f.detail for f in findings if f.severity == "error")]:
         say(f"WARNING: {line}")
     return run.read("data")

@@ -82,11 +82,17 @@ def _take_back(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
         manifest.loc[path, ["status", "reason", "notes"]] = "used", "", ""
 
 # %% ../nbs/00n_fixes.ipynb #8001d9ec
+def _check_value(value: str, task: str, what: str) -> None:
+    if task == "classification" and not clean_label(value):
+        raise AutomlError("wrong_parameter_type", f"{what}, but `value` is empty.")
+    if task == "classification" and SEPARATOR in value:
+        raise AutomlError("wrong_parameter_type", f"{what}, but {value!r} names several classes.")
+
+# %% ../nbs/00n_fixes.ipynb #be678806
 def _relabel(manifest: pd.DataFrame, rows: pd.DataFrame, task: str) -> None:
     for path, value in zip(rows.path, rows.value):
         names = [clean_label(name) for name in split_labels(value, task)]
-        if task == "classification" and not names[0]:
-            raise AutomlError("wrong_parameter_type", f"{path} shall be relabelled, but `value` is empty.")
+        _check_value(value, task, f"{path} shall be relabelled")
         manifest.loc[path, "label"] = SEPARATOR.join(names)
 
 # %% ../nbs/00n_fixes.ipynb #816b26f9
@@ -101,7 +107,11 @@ def _join(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
 # %% ../nbs/00n_fixes.ipynb #56083c48
 def _merge(manifest: pd.DataFrame, rows: pd.DataFrame, task: str) -> None:
     for _, part in rows.groupby("group", sort=False):
-        names, new = {name for label in part.label for name in split_labels(label, task)}, part.value.iloc[0]
+        names, values = {name for label in part.label for name in split_labels(label, task)}, set(part.value)
+        if len(values) > 1 or values == {""}:
+            raise AutomlError("wrong_parameter_type", f"{', '.join(sorted(names))} shall be merged, but "
+                              "`value` is not the same name in all rows of the group.")
+        _check_value(new := values.pop(), task, f"{', '.join(sorted(names))} shall be merged")
         if task == "multilabel":
             names = {name for pair in combinations(sorted(names), 2) for name in pair
                      if spellings(pair[0]) & spellings(pair[1])}
@@ -116,9 +126,10 @@ def apply_review(
     task: str = "classification",  # or "multilabel"
 ) -> pd.DataFrame:  # a changed copy
     """Carry out the actions of a table. Raises AutomlError unknown_parameter, source_changed and others."""
+    table = pd.DataFrame({"kind": "reviewed", "detail": ""}, index=table.index).assign(**table)
+    table["action"] = table.action.str.strip().str.lower()
     for action in table.action.unique():
         look_up(ACTIONS, action, "action")
-    table = pd.DataFrame({"kind": "reviewed", "detail": ""}, index=table.index).assign(**table)
     table = table[(table.action != "look") & (table.path != "")]
     result = manifest.set_index("path", drop=False)
     missing = [path for path in table.path if path not in result.index]

@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
+from .core import AutomlError
 from .life import GRACE_SECONDS, LEAVE_SECONDS, SPEAK_SECONDS
 
 # %% ../nbs/05dda_leave.ipynb #775e05c2
@@ -78,6 +79,17 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 # %% ../nbs/05dda_leave.ipynb #cb5c8ecb
+def _check_address(host: str, port: int) -> None:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(address)
+    except OSError as error:
+        raise AutomlError("wrong_parameter_type", f"The service cannot listen at {host}, port {port}: "
+                          f"{error.strerror}.", "Choose another address or port.") from None
+
+# %% ../nbs/05dda_leave.ipynb #4f2f92ea
 IDLE_SECONDS = 75  # that a connection may be silent between two requests
 
 
@@ -86,7 +98,11 @@ def listen(
     host: str,  # address to listen on
     port: int,  # TCP port, 1 to 65535
 ) -> None:
-    """Serve an application until SIGTERM or Ctrl-C. The journal writes the lines, so uvicorn's stay off."""
+    """Serve an application until SIGTERM or Ctrl-C. Raises AutomlError wrong_parameter_type.
+
+    The journal writes a line for each request, so uvicorn's stay off.
+    """
+    _check_address(host, port)
     config = uvicorn.Config(app, host=host, port=port, loop="asyncio", access_log=False,
                             server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
                             timeout_keep_alive=IDLE_SECONDS)

@@ -19,7 +19,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .core import AutomlError
-from .loading import Loading, begin_loading, is_address, read_number, stamp
+from .loading import HANGUPS, Loading, begin_loading, is_address, read_number, stamp
 from .pool import Pool
 from .predict import Predictor
 from .sessions import batch_limit, cores
@@ -74,6 +74,9 @@ def _swap_on_hangup(app: Starlette) -> Iterator[None]:
         jobs.add(job := loop.create_task(swap(app)))  # a task that nobody holds may be collected
         job.add_done_callback(jobs.discard)
     loop.add_signal_handler(signal.SIGHUP, begin)
+    if HANGUPS:
+        HANGUPS.clear()
+        begin()
     try:
         yield
     finally:
@@ -98,19 +101,20 @@ async def lifespan(
     (state.where, seen, _), state.swapping = state.begun, asyncio.Lock()
     state.spans.open()
     current_time()  # anyio imports its half for asyncio when it is first asked, and now there is time
-    state.predictor = await _arrived(state.begun)
-    state.begun = None  # it would keep the first model for ever
-    state.pool = Pool(count_workers(state.predictor))
-    watches = seconds and not is_address(state.where)
-    watch = asyncio.ensure_future(_watch(app, seconds, seen)) if watches else None
-    try:
-        with _swap_on_hangup(app):
+    with _swap_on_hangup(app):
+        async with state.swapping:
+            state.predictor = await _arrived(state.begun)
+        state.begun = None  # it would keep the first model for ever
+        state.pool = Pool(count_workers(state.predictor))
+        watches = seconds and not is_address(state.where)
+        watch = asyncio.ensure_future(_watch(app, seconds, seen)) if watches else None
+        try:
             yield
-    finally:
-        if watch:
-            watch.cancel()
-        state.pool.threads.shutdown(wait=False, cancel_futures=True)  # nothing more is started
-        state.spans.close()
+        finally:
+            if watch:
+                watch.cancel()
+            state.pool.threads.shutdown(wait=False, cancel_futures=True)  # nothing more is started
+            state.spans.close()
 
 # %% ../nbs/05dd_life.ipynb #1cce5a07
 LEAVE_SECONDS, SPEAK_SECONDS, GRACE_SECONDS = 0.5, 1.5, 5  # door open; words on their way; accepted requests

@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'HURRY', 'REST', 'LONG', 'BATCH', 'FEW_BATCH', 'NOTED', 'R
            'run_pipeline']
 
 # %% ../nbs/07_pipeline.ipynb #7bc268c8
+import fcntl
 import os
 import platform
 import re
@@ -56,13 +57,34 @@ class Request:
     group_column: str = ""  # of a table, what must not be torn apart; empty finds it
     fix: str = "duplicates,conflicts"  # kinds of findings to act on, separated by commas
     review: str = ""  # a review.csv with decisions to apply
+    notebooks: bool = False  # run the steps' notebooks and keep them
 
 # %% ../nbs/07_pipeline.ipynb #8aab93f0
+def _check_numbers(request: Request) -> None:
+    allowed = {"target_accuracy": 0 < request.target_accuracy <= 1,
+               "min_accuracy": 0 <= request.min_accuracy <= 1,
+               "seed": 0 <= request.seed < 2**32, "size": request.size == 0 or 16 <= request.size <= 1024}
+    if wrong := [name for name, good in allowed.items() if not good]:
+        limits = {"size": "16 to 1024, or 0", "seed": "0 or more"}.get(wrong[0], "a share from 0 to 1")
+        raise AutomlError("wrong_parameter_type", f"{wrong[0]} cannot be {getattr(request, wrong[0])}.",
+                          f"Give {limits}.")
+
+# %% ../nbs/07_pipeline.ipynb #8a5b6932
 def check_request(
     request: Request,  # what the user asked for
 ) -> None:
     """Refuse what nothing here can do. Raises AutomlError with the code of the failing check."""
     find_preset(request.transforms)
+    _check_numbers(request)
+    if not request.name or {"/", ":"} & set(request.name):
+        raise AutomlError("wrong_parameter_type", f"A model cannot be named {request.name!r}.",
+                          "Give a name without / and :.")
+    for kind in filter(None, map(str.strip, request.fix.split(","))):
+        known = [*import_module("automl_cv.copies").FIXES, *import_module("automl_cv.audit").KINDS]
+        look_up(dict.fromkeys(known), kind, "kind of findings")
+    if request.review and not Path(request.review).is_file():
+        raise AutomlError("source_not_found", f"There is no file {Path(request.review).name!r}.",
+                          "It was given to --apply.")
     if request.batch_size == 1:
         raise AutomlError("wrong_parameter_type", "A step of one picture learns nothing.",
                           "Give at least 2, or 0.")
@@ -292,6 +314,16 @@ def machine() -> dict[str, Any]:
             "python": platform.python_version()}
 
 # %% ../nbs/07_pipeline.ipynb #cb727943
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    with (run.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AutomlError("run_exists", "Another process works on this run.", "Let it finish.") from None
+        yield
+
+# %% ../nbs/07_pipeline.ipynb #5d388e80
 def run_pipeline(
     run: Run,  # where everything goes
     request: Request,  # what the user asked for
@@ -299,11 +331,14 @@ def run_pipeline(
 ) -> dict[str, Any]:  # the content of results.json
     """Run the six steps, skipping the finished ones. Raises AutomlError."""
     check_request(request)
-    run.write("request", asdict(request))
-    for step in STEPS:
-        check_stop()
-        if "finished" not in run.read("steps", {}).get(step, {}):
-            _run_one(step, request, run, execute)
+    with _alone(run):
+        if run.read("request") != asdict(request) and "finished" not in run.read("steps", {}).get("data", {}):
+            run.write("steps", {})  # of a call that found no data
+        run.write("request", asdict(request))
+        for step in STEPS:
+            check_stop()
+            if "finished" not in run.read("steps", {}).get(step, {}):
+                _run_one(step, request, run, execute)
     steps = run.read("steps")
     total = {key: round(sum(entry[key] for entry in steps.values()), 1) for key in ("seconds", "cpu_seconds")}
     results = run.read("results") | {"time": total | {"budget": request.seconds}, "machine": machine(),

@@ -11,8 +11,10 @@ import gc
 if STARTED := __name__ == "__main__" and bool(__spec__):  # not where a notebook runs this
     gc.disable()
 
-from .loading import begin_loading, read_number
+from .loading import begin_loading, note_hangups, read_number
 
+if STARTED:
+    note_hangups()
 EARLY = [begin_loading()] if STARTED else []
 
 # %% ../nbs/06_serve.ipynb #66a3fa44
@@ -58,7 +60,8 @@ def create_app(
     state.metrics, state.spans = Metrics(), Spans()
     state.metrics.depth.set_function(lambda: state.pool.depth)
     rules = read_rules()
-    read_number("AUTOML_CV_WATCH", float)  # a wrong one is told before anything runs
+    for name, kind in (("AUTOML_CV_WATCH", float), ("AUTOML_CV_BATCH", int)):
+        read_number(name, kind)  # a wrong one is told before anything runs
     state.needs_key = bool(rules.keys)
     state.paths = {route.path for route in FRONT}
     app.add_exception_handler(Busy, on_busy)
