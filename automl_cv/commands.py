@@ -57,7 +57,8 @@ def told(
         sys.exit(known.exit_code)
     except Exception as error:
         traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error} [internal_error]", file=sys.stderr)
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        print(f"error: {reason} [internal_error]", file=sys.stderr)
         sys.exit(CODES["internal_error"].exit_code)
 
 # %% ../nbs/06b_commands.ipynb #374edfef
@@ -94,7 +95,8 @@ def classify_files(
     """Classify pictures into a table, and leave with an exit status where that fails."""
     with told(), stop_on_signals():
         if task >= tasks:
-            raise AutomlError("wrong_parameter_type", f"There is no share {task} of {tasks}.", "Begin with 0.")
+            raise AutomlError("wrong_parameter_type", f"There is no share {task} of {tasks}.",
+                              "The first one is 0.")
         if csv and csv.is_dir():
             raise AutomlError("wrong_parameter_type", f"{csv} is a folder.", "Name a file after --csv.")
         table = csv and part_name(csv, task, tasks)

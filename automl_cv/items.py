@@ -149,7 +149,7 @@ def open_folder(
     """List every file, link, pipe and socket below a folder."""
     items = []
     for path, entry in _walk(str(folder)):
-        name = os.fsencode(path).decode("utf-8", "backslashreplace")  # a disk takes any bytes, a table does not
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")  # a disk takes any bytes
         found = entry.stat(follow_symlinks=False)
         why = why_ignored(name, found.st_mode)
         items.append(Item(name, partial(_read, entry.path), size=found.st_size,

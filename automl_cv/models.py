@@ -31,10 +31,13 @@ from .zoo import Backbone, find_backbone
 def local_weights(
     name: str,  # a backbone's name
 ) -> Path | None:  # the first match, safetensors before pth; None where there is none
-    """Find weights in the folder that AUTOML_CV_WEIGHTS names, by the prefix `name.` or `name-`."""
+    """Find weights in the folder of AUTOML_CV_WEIGHTS, by the prefix `name.` or `name-`. Raises AutomlError."""
     folder = os.environ.get("AUTOML_CV_WEIGHTS")
     if not folder:
         return None
+    if not Path(folder).is_dir():
+        raise AutomlError("source_not_found", f"AUTOML_CV_WEIGHTS names no folder: {folder}.",
+                          "Correct it, or leave it out.")
     files = sorted(p for p in Path(folder).glob(f"{name}[.-]*")
                    if p.suffix in (".safetensors", ".pth", ".pt"))
     return min(files, key=lambda p: p.suffix != ".safetensors", default=None)

@@ -122,6 +122,87 @@ def test_notebooks_run_with_parameters(tmp_path):
     assert json.loads((folder / "results.json").read_text())["final"]["split"] == "test"
 
 
+def test_baseline_notebook_runs_where_nothing_is_trained(tmp_path):
+    run = Run(tmp_path / "runs/r")
+    assert call(tmp_path, "check", "demo:10", "--out", run.path)[0] == 0
+    run_notebook("baseline", {"backbone": "small_cnn", "pretrained": False, "epochs": 0, "seconds": 1.0}, run)
+    assert "fine_tune" not in run.read("baseline")["scores"]
+
+
+def test_resumed_run_goes_on_with_notebooks(tmp_path):
+    folder = tmp_path / "runs/r"
+    words = ("run", "demo:6", "--out", folder, "--notebooks", *TINY[:-6], "--trials", "0", "--max-epochs", "1",
+             "--time", "none")
+    process = automl_cv(tmp_path, *words)
+    kill_after(process, "^2/6 baseline")
+    assert [path.stem for path in (folder / "notebooks").iterdir()][:1] == ["01_data"]
+    status, _, err = call(tmp_path, "resume", folder)
+    assert status == 0, err
+    assert "06_serve" in {path.stem for path in (folder / "notebooks").iterdir()}
+
+
+def test_run_keeps_its_split(tmp_path, killed):
+    """A check into a run's folder would seal another test split, of pictures that were trained on."""
+    folder = killed[1].path
+    before = (folder / "manifest.parquet").read_bytes()
+    status, _, err = call(tmp_path, "check", "demo:5", "--out", folder)
+    assert (status, "[run_exists]" in err) == (2, True)
+    assert (folder / "manifest.parquet").read_bytes() == before
+
+
+def test_call_that_found_no_data_leaves_the_folder_free(tmp_path):
+    words = ("--out", tmp_path / "r", "--backbone", "small_cnn", "--scratch", "--size", "32", "--time", "5s")
+    assert call(tmp_path, "run", tmp_path / "typo", *words)[0] == 3
+    status, out, err = call(tmp_path, "run", "demo:6", *words)
+    assert status == 0, err
+    assert json.loads((tmp_path / "r/request.json").read_text())["source"] == "demo:6"
+    assert call(tmp_path, "run", "demo:6", *words)[0] == 2
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    folder = tmp_path / "r"
+    process = automl_cv(tmp_path, "run", "demo:6", "--out", folder, *TINY)
+    read_until(process, "^2/6 baseline")
+    status, _, err = call(tmp_path, "resume", folder)
+    assert (status, err) == (2, "error: Another process works on this run. Let it finish. [run_exists]\n")
+    process.kill()
+    process.communicate()
+
+
+def test_decisions_are_never_overwritten(tmp_path):
+    folder = tmp_path / "data"
+    for label in CLASSES[:2]:
+        (folder / label).mkdir(parents=True)
+        for seed in range(8):
+            draw_scene(label, seed).save(folder / label / f"{seed}.png")
+    Image.new("RGB", (64, 64)).save(folder / CLASSES[0] / "black.png")
+    first, out = tmp_path / "out/review.csv", tmp_path / "out"
+    assert call(tmp_path, "check", folder, "--out", out)[0] == 0
+    text = first.read_text(encoding="utf-8-sig")
+    assert "dark,warning,buildings/black.png" in text
+    edited = "\ufeff" + text.replace(",quarantine,", ", Keep ,").replace(",look,", ",quarantine,")
+    first.write_text(edited, encoding="utf-8")
+    counts = []
+    for _ in range(2):
+        status, said, err = call(tmp_path, "check", folder, "--out", out, "--apply", first)
+        assert (status, "review-2.csv, edit" in said) == (0, True), err
+        counts.append(said.splitlines()[0])
+    assert counts[0] == counts[1] and first.read_text(encoding="utf-8") == edited
+    assert call(tmp_path, "check", folder, "--out", out)[0] == 0 and first.read_text(encoding="utf-8") == edited
+
+
+def test_names_that_are_no_text(tmp_path):
+    folder = os.fsencode(tmp_path / "data")
+    for label in CLASSES[:2]:
+        os.makedirs(folder + b"/" + label.encode())
+        for seed in range(4):
+            with open(folder + b"/" + label.encode() + b"/caf\xe9%d.png" % seed, "wb") as file:
+                draw_scene(label, seed).save(file, "PNG")
+    status, out, err = call(tmp_path, "check", tmp_path / "data", "--json")
+    assert status == 0, err
+    assert json.loads(out)["used"] == 8
+
+
 def test_notebook_refuses_parameters_that_it_does_not_know(tmp_path):
     for params, code in (({"epoch": 3}, "unknown_parameter"), ({"epochs": "3"}, "wrong_parameter_type")):
         with pytest.raises(AutomlError) as caught:

@@ -23,6 +23,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from conftest import free_port
+
 CORPUS = Path(__file__).parents[1].parent / "shared" / "corpus"
 HEAVY = ("torch", "torchvision", "optuna", "mlflow", "pandas", "fastcore", "IPython")
 UVICORN = ("-m", "uvicorn", "automl_cv.serve:app", "--port", "{port}")
@@ -386,6 +388,9 @@ def test_missing_bundle_is_not_ready(start, plain, tmp_path):
 @pytest.mark.parametrize("name, value, hint", [
     ("PORT", "eighty", "PORT is 'eighty'. Give a number from 1 to 65535."),
     ("AUTOML_CV_WATCH", "often", "AUTOML_CV_WATCH is 'often'. Give seconds."),
+    ("AUTOML_CV_BATCH", "many", "AUTOML_CV_BATCH is 'many'. Give a whole number."),
+    ("HOST", "nosuch.invalid", "The service cannot listen at nosuch.invalid, port 8000: Name or service not known. "
+                               "Choose another address or port."),
     ("AUTOML_CV_API_KEYS", "secret", "AUTOML_CV_API_KEYS holds something that is not a sha256. "
                                      "Write printf %s KEY | sha256sum, never the key itself."),
 ])
@@ -394,6 +399,35 @@ def test_bad_setting_is_one_line(name, value, hint):
                          capture_output=True, text=True, timeout=30)
     assert run.returncode == 2
     assert run.stderr == f"wrong_parameter_type: {hint}\n"
+
+
+def test_taken_port_is_one_line(bundle):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code = f"from automl_cv.cli import main; import sys; sys.argv[1:] = ['serve', {str(bundle)!r}, '--port', '{port}']"
+        run = subprocess.run([sys.executable, "-c", f"{code}; main()"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert run.stderr == (f"error: The service cannot listen at 127.0.0.1, port {port}: Address already in use. "
+                          "Choose another address or port. [wrong_parameter_type]\n")
+
+
+def test_hangup_while_it_starts_is_followed(bundle):
+    env = os.environ | {"AUTOML_CV_MODEL": str(bundle), "PORT": str(free_port())}
+    process = subprocess.Popen([sys.executable, "-m", "automl_cv.serve"], env=env, text=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL)
+    caught = Path(f"/proc/{process.pid}/status")
+    if not caught.exists():
+        pytest.skip("NO SIGNAL IS SENT EARLY: this system has no /proc")
+    while not int(re.search(r"^SigCgt:\s+(\w+)", caught.read_text(), re.M)[1], 16) & 1:  # SIGHUP is the first bit
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    lines = []
+    while "Serving version" not in "".join(lines):
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines  # the process is gone
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
 
 
 def corpus_images(maker, out):
