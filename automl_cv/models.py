@@ -31,7 +31,7 @@ from .zoo import Backbone, find_backbone
 def local_weights(
     name: str,  # a backbone's name
 ) -> Path | None:  # the first match, safetensors before pth; None where there is none
-    """Find weights in the folder of AUTOML_CV_WEIGHTS, by the prefix `name.` or `name-`. Raises AutomlError."""
+    """Find weights below AUTOML_CV_WEIGHTS, by the prefix `name.` or `name-`. Raises source_not_found."""
     folder = os.environ.get("AUTOML_CV_WEIGHTS")
     if not folder:
         return None
