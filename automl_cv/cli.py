@@ -132,7 +132,11 @@ def _asked(folder: Path) -> Request:
         if not (folder / "request.json").exists():
             raise AutomlError("run_not_found", f"{folder} holds no run.",
                               "Name the folder that was given to --out.")
-        known = Run(folder).read("request")
+        try:
+            known = Run(folder).read("request")
+        except ValueError:
+            raise AutomlError("run_not_found", f"{folder}/request.json is damaged.",
+                              "Start again with another --out.") from None
         if not {"source"} <= set(known) <= {field.name for field in fields(Request)}:
             raise AutomlError("run_not_found", f"{folder} holds a run of another version of automl_cv.",
                               "Go on with the version that began it, or start again with another --out.")

@@ -215,6 +215,9 @@ def test_run_of_another_version_is_not_resumed(tmp_path):
     (tmp_path / "r/request.json").write_text('{"source": "demo:4", "wish": 1}')
     status, out, err = call(tmp_path, "resume", tmp_path / "r")
     assert (status, "[run_not_found]" in err, "another version" in err) == (2, True, True)
+    (tmp_path / "r/request.json").write_text('{"source"')
+    status, out, err = call(tmp_path, "resume", tmp_path / "r")
+    assert (status, "[run_not_found]" in err, "is damaged" in err) == (2, True, True)
 
 
 def test_budget_ends_a_training_of_ten_thousand_epochs(tmp_path):
