@@ -54,7 +54,9 @@ def _make_tables(path: Path) -> None:
 # %% ../nbs/01f_tracking.ipynb #d615ab5c
 def _knock(uri: str) -> None:
     with suppress(ArgumentError, NoSuchModuleError):  # no database
-        create_engine(uri).connect().close()
+        engine = create_engine(uri)
+        engine.connect().close()
+        engine.dispose()
 
 # %% ../nbs/01f_tracking.ipynb #69c3f6a2
 def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
