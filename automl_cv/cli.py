@@ -80,7 +80,8 @@ def _finish(run: Run, request: Request, as_json: bool) -> None:
 
 # %% ../nbs/07a_cli.ipynb #46f875ba
 def _new_run(folder: Path) -> Run:
-    if "finished" in Run(folder).read("steps", {}).get("data", {}):
+    steps = Run(folder).read("steps", {"data": {"finished": ""}})
+    if (folder / "request.json").exists() and "finished" in steps.get("data", {}):
         raise AutomlError("run_exists", f"{folder} holds a run.",
                           f"Go on with {command()} resume {folder}, or choose another --out.")
     return open_run(folder)

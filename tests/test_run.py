@@ -112,7 +112,8 @@ def test_notebooks_run_with_parameters(tmp_path):
     folder = tmp_path / "runs/papermill"
     words = ("run", "demo:10", "--out", folder, "--notebooks", *TINY[:-6], "--trials", "2", "--max-epochs", "1",
              "--time", "none")
-    status, out, err = call(tmp_path, *words)
+    kill_after(automl_cv(tmp_path, *words), "^3/6 tune")
+    status, out, err = call(tmp_path, "resume", folder)
     assert status == 0, err
     names = ["01_data", "02_baseline", "03_tune", "04_train", "05_evaluate", "06_serve"]
     assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == names
@@ -122,23 +123,14 @@ def test_notebooks_run_with_parameters(tmp_path):
     assert json.loads((folder / "results.json").read_text())["final"]["split"] == "test"
 
 
-def test_baseline_notebook_runs_where_nothing_is_trained(tmp_path):
+def test_notebooks_run_where_nothing_is_trained(tmp_path):
     run = Run(tmp_path / "runs/r")
     assert call(tmp_path, "check", "demo:10", "--out", run.path)[0] == 0
-    run_notebook("baseline", {"backbone": "small_cnn", "pretrained": False, "epochs": 0, "seconds": 1.0}, run)
+    plan = {"backbone": "small_cnn", "pretrained": False, "size": 32}
+    run_notebook("baseline", plan | {"epochs": 0, "seconds": 1.0}, run)
     assert "fine_tune" not in run.read("baseline")["scores"]
-
-
-def test_resumed_run_goes_on_with_notebooks(tmp_path):
-    folder = tmp_path / "runs/r"
-    words = ("run", "demo:6", "--out", folder, "--notebooks", *TINY[:-6], "--trials", "0", "--max-epochs", "1",
-             "--time", "none")
-    process = automl_cv(tmp_path, *words)
-    kill_after(process, "^2/6 baseline")
-    assert [path.stem for path in (folder / "notebooks").iterdir()][:1] == ["01_data"]
-    status, _, err = call(tmp_path, "resume", folder)
-    assert status == 0, err
-    assert "06_serve" in {path.stem for path in (folder / "notebooks").iterdir()}
+    run_notebook("tune", plan | {"trials": 0}, run)
+    assert run.read("tune")["trials"] == {}
 
 
 def test_run_keeps_its_split(tmp_path, killed):
