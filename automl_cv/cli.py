@@ -24,7 +24,7 @@ from .core import AutomlError, Run, hash_bytes, home, look_up, open_run, parse_t
 from .deploy import Target
 from .deploy import deploy as deploy_bundle
 from .pipeline import PRESETS, Request, plan_step, run_pipeline
-from .steps import call_step, run_notebook
+from .steps import call_step
 
 # %% ../nbs/07a_cli.ipynb #3086c477
 def closing_lines(
@@ -75,7 +75,7 @@ def _quiet(as_json: bool) -> Any:
 def _finish(run: Run, request: Request, as_json: bool) -> None:
     with told(run), stop_on_signals():
         with _quiet(as_json):
-            results = run_pipeline(run, request, run_notebook if request.notebooks else call_step)
+            results = run_pipeline(run, request)
         print(json.dumps(results) if as_json else "\n".join(closing_lines(run, results)))
 
 # %% ../nbs/07a_cli.ipynb #46f875ba

@@ -25,7 +25,7 @@ from typing import Any
 from .champion import METRICS
 from .core import AutomlError, Run, check_stop, look_up, now, say
 from .plan import Entrant, Plan, is_small, make_plan, plan_table
-from .steps import STEPS, Execute, call_step
+from .steps import STEPS, Execute, call_step, run_notebook
 from .transforms import find_preset
 
 # %% ../nbs/07_pipeline.ipynb #3e82a50a
@@ -327,7 +327,6 @@ def _alone(run: Run) -> Iterator[None]:
 def run_pipeline(
     run: Run,  # where everything goes
     request: Request,  # what the user asked for
-    execute: Execute = call_step,  # `call_step` or `run_notebook`
 ) -> dict[str, Any]:  # the content of results.json
     """Run the six steps, skipping the finished ones. Raises AutomlError."""
     check_request(request)
@@ -338,7 +337,7 @@ def run_pipeline(
         for step in STEPS:
             check_stop()
             if "finished" not in run.read("steps", {}).get(step, {}):
-                _run_one(step, request, run, execute)
+                _run_one(step, request, run, run_notebook if request.notebooks else call_step)
     steps = run.read("steps")
     total = {key: round(sum(entry[key] for entry in steps.values()), 1) for key in ("seconds", "cpu_seconds")}
     results = run.read("results") | {"time": total | {"budget": request.seconds}, "machine": machine(),

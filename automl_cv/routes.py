@@ -78,9 +78,10 @@ class _Rows(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_soon(message: Message) -> None:
-            await asyncio.wait_for(send(message), STALL_SECONDS)
+            async with asyncio.timeout(STALL_SECONDS):
+                await send(message)
         async with self.behind:
-            with suppress(asyncio.TimeoutError):
+            with suppress(TimeoutError):
                 await super().__call__(scope, receive, send_soon)
 
 # %% ../nbs/05de_routes.ipynb #2b00d5f7
