@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGES', 'UNCALIBRATED', 'MAX_LOSS', 'export_onnx', 'ColourModel', 'torch_logits', 'onnx_logits',
-           'parity', 'golden_images', 'package_versions', 'write_card', 'export_bundle', 'colour_bundle',
+           'parity', 'golden_images', 'package_versions', 'literal', 'write_card', 'export_bundle', 'colour_bundle',
            'annotate_bundle', 'quantise_onnx', 'paired_loss', 'speed_ratio', 'quantise_bundle']
 
 # %% ../nbs/01h_export.ipynb #b629a532
 import io
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -148,13 +149,21 @@ def package_versions() -> dict[str, str]:
     return found
 
 # %% ../nbs/01h_export.ipynb #89183f3e
+def literal(
+    text: str,  # anything, for example the name of a class
+) -> str:  # one line of Markdown that shows it as it is
+    """Take from a text what Markdown would make of it."""
+    return re.sub(r"([\\`*<>|~\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+# %% ../nbs/01h_export.ipynb #a2556cac
 def write_card(
     path: Path,  # where the card shall be
     info: dict[str, Any],  # the content of model.json
 ) -> None:
     """Write the model card, Markdown that a person reads first."""
-    page = Environment(loader=PackageLoader("automl_cv")).get_template("model_card.md").render(info)
-    path.write_text(page + "\n", encoding="utf-8")
+    pages = Environment(loader=PackageLoader("automl_cv"))
+    pages.filters["literal"] = literal
+    path.write_text(pages.get_template("model_card.md").render(info) + "\n", encoding="utf-8")
 
 # %% ../nbs/01h_export.ipynb #77ce219e
 def _seal(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
