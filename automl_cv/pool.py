@@ -85,11 +85,9 @@ class Queue:
         with self._lock:
             self.depth += change
 
-    def work(self, deadline: float, job: Callable[..., R], args: tuple[Any, ...]) -> R:
-        """Do a job in this thread and learn what it costs. Raises Busy after the deadline."""
+    def work(self, job: Callable[..., R], args: tuple[Any, ...]) -> R:
+        """Do a job in this thread and learn what it costs."""
         started = time.monotonic()
-        if started > deadline:
-            raise Busy(self.delay())
         try:
             return job(*args)
         finally:
@@ -126,21 +124,21 @@ class Pool(Queue):
         patience: float | None = None,  # seconds that this job may wait; None as all
     ) -> R:
         """Run a job in a worker thread. Raises Busy, ClientDisconnect, and what the job raises."""
-        future = self._submit(self.patience if patience is None else patience, job, args)
-        waits = receive is not None and self.depth > self.workers
-        watch = asyncio.ensure_future(_drop_when_gone(receive, future)) if waits else None
+        self.count(1)
+        future = self.threads.submit(self.work, job, args)
+        future.add_done_callback(lambda _: self.count(-1))
+        if self.depth <= self.workers:
+            return await asyncio.wrap_future(future)
+        patience = self.patience if patience is None else patience
+        late = asyncio.get_running_loop().call_later(2 * patience, future.cancel)  # does nothing once it runs
+        watch = asyncio.ensure_future(_drop_when_gone(receive, future)) if receive else None
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            if watch and watch.done():
-                raise ClientDisconnect from None
-            raise
+            if asyncio.current_task().cancelling():  # the request itself
+                raise
+            raise (ClientDisconnect if watch and watch.done() else Busy(self.delay())) from None
         finally:
+            late.cancel()
             if watch:
                 watch.cancel()
-
-    def _submit(self, patience: float, job: Callable[..., R], args: tuple[Any, ...]) -> "Future[R]":
-        self.count(1)
-        future = self.threads.submit(self.work, time.monotonic() + 2 * patience, job, args)
-        future.add_done_callback(lambda _: self.count(-1))
-        return future

@@ -44,10 +44,10 @@ def _images(tensor: dict[str, Any], side: int) -> np.ndarray:
     if shape not in [[n, side, side, 3] for n in range(1, MAX_IMAGES + 1)]:
         raise _wrong(f"The input 'images' needs the shape [N, {side}, {side}, 3], N up to {MAX_IMAGES}.")
     try:
-        values = np.array(tensor["data"])
-    except (KeyError, ValueError, TypeError, OverflowError):
-        raise _wrong("The data of 'images' are not numbers.") from None
-    whole = values.size == math.prod(shape) and values.dtype.kind in "iu"
+        values = np.array(tensor["data"], object)  # any other type would copy one long text for each number
+    except (KeyError, ValueError):
+        raise _wrong("The data of 'images' are missing, or no even rows.") from None
+    whole = values.size == math.prod(shape) and set(map(type, values.flat)) == {int}
     if not whole or values.min() < 0 or values.max() > 255:
         raise _wrong("The data of 'images' are not whole numbers from 0 to 255, as many as the shape says.")
     return values.reshape(-1, side, side, 3).astype(np.uint8)
