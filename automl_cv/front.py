@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from .bodies import find_picture, one_body
 from .core import AutomlError
-from .life import loaded
+from .life import loaded, until_left
 from .predict import Prediction, Predictor, judge
 from .web import Bare
 
@@ -94,10 +94,11 @@ async def answer_picture(
     """Name the class of one picture, or its labels. Raises AutomlError."""
     predictor, state, stages = loaded(request.app), request.app.state, request.state.record["stages"]
     started, kind = time.perf_counter(), request.headers.get("content-type", "")
-    async with one_body(request, state.pool) as body:
-        read = time.perf_counter()
-        stages["read"] = read - started
-        found = await state.pool.run(_classify, predictor, body, kind, stages, read, receive=request.receive)
+    with until_left(request.app):
+        async with one_body(request, state.pool) as body:
+            read = time.perf_counter()
+            stages["read"], job = read - started, (_classify, predictor, body, kind, stages, read)
+            found = await state.pool.run(*job, receive=request.receive)
     state.metrics.count(found, predictor.version)
     answer = found.answer() | extras(found, predictor.classes, top_k, everything)
     answer |= {"model": identity(predictor)} if model else {}

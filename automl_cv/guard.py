@@ -68,7 +68,7 @@ def is_known(
     digests: tuple[str, ...],  # sha256 of the keys that are accepted
 ) -> bool:
     """Compare a key with all accepted ones, in constant time."""
-    digest = hash_bytes(key.encode())
+    digest = hash_bytes(key.encode("latin-1"))  # the bytes that were sent
     return sum([hmac.compare_digest(digest, known) for known in digests]) > 0
 
 # %% ../nbs/05da_guard.ipynb #f8a9682f
@@ -77,9 +77,9 @@ def is_host(
     names: tuple[str, ...],  # that are accepted; none accepts all
 ) -> bool:
     """Tell whether a service answers to a name."""
-    name = re.sub(r":\d+$", "", given).lower()
-    patterns = (re.escape(known.lower()).replace(r"\*", r"[\w.-]+") for known in names)
-    return not names or any(re.fullmatch(pattern, name, re.ASCII) for pattern in patterns)
+    name, *known = (re.sub(r":\d+$", "", host).lower() for host in (given, *names))
+    patterns = (re.escape(host).replace(r"\*", r"[\w.-]+") for host in known)
+    return not names or "*" in names or any(re.fullmatch(p, name, re.ASCII) for p in patterns)
 
 # %% ../nbs/05da_guard.ipynb #6336a41c
 def _refusal(request: Request, error: AutomlError) -> Response:
@@ -114,7 +114,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["type"] == "http":
-                self.check(scope["path"], scope["method"], Headers(scope=scope))
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                self.check(path, scope["method"], Headers(scope=scope))
         except AutomlError as error:
             return await _refusal(Request(scope), error)(scope, receive, send)
         await self.app(scope, receive, send)

@@ -48,8 +48,8 @@ def log_members(
         return {}
     project = os.environ.get("GOOGLE_CLOUD_PROJECT")
     prefix, google = f"projects/{project}/traces/" if project else "", "logging.googleapis.com"
-    return {f"{google}/trace": prefix + place.trace, f"{google}/spanId": place.span,
-            f"{google}/trace_sampled": place.sampled}
+    span = {f"{google}/spanId": place.span} if int(place.span, 16) else {}
+    return {f"{google}/trace": prefix + place.trace, f"{google}/trace_sampled": place.sampled} | span
 
 # %% ../nbs/05cb_traces.ipynb #f012951b
 def wants_spans() -> bool:

@@ -23,6 +23,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from automl_cv.client import wait_ready
 from conftest import free_port
 
 CORPUS = Path(__file__).parents[1].parent / "shared" / "corpus"
@@ -455,3 +456,28 @@ def test_corpus(client, maker, tmp_path):
         expected["59_heic.heic"] = (200, "")  # as the table's last column says of the extra
     assert len(expected) >= 60
     assert found == expected
+
+
+SLOW = """
+import sys, time
+from automl_cv import front
+from automl_cv.leave import listen
+from automl_cv.serve import create_app
+front._classify = lambda *told: time.sleep(60)  # a picture that takes a minute
+listen(create_app(sys.argv[1]), "127.0.0.1", int(sys.argv[2]))
+"""
+
+
+def test_work_that_does_not_end_does_not_keep_the_service(bundle, plain):
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(bundle), str(port)], stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    wait_ready(url, 60, alive=lambda: process.poll() is None)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(httpx.post, f"{url}/predict", content=plain("red"), timeout=50, trust_env=False)
+        while b"queue_depth 1.0" not in httpx.get(f"{url}/metrics", trust_env=False).content:
+            assert not asked.done()
+        process.terminate()
+        reply = asked.result()
+        assert (reply.status_code, reply.json()["code"]) == (503, "not_ready")
+        assert process.wait(40) == 0
