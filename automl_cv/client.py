@@ -8,6 +8,8 @@ __all__ = ['OPENER', 'FIRST_WAIT', 'LONGEST_WAIT', 'ask', 'wait_ready', 'Client'
 # %% ../nbs/05b_client.ipynb #68fa1b63
 import json
 import random
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -43,9 +45,18 @@ def _refusal(error: urllib.error.HTTPError) -> AutomlError:
 # %% ../nbs/05b_client.ipynb #94d00bde
 def _send(url: str, data: bytes, timeout: float, headers: Mapping[str, str]) -> dict[str, Any]:
     body, kind = _form(data)
-    request = urllib.request.Request(url, body, {**headers, "Content-Type": kind})
-    with OPENER.open(request, timeout=timeout) as reply:
-        return json.load(reply)
+    try:
+        request = urllib.request.Request(url, body, {**headers, "Content-Type": kind})
+        reply = OPENER.open(request, timeout=timeout)
+    except (ValueError, InvalidURL):  # whose words would show the key
+        raise AutomlError("wrong_parameter_type", "The address or a header cannot be sent over HTTP.",
+                          "A key from a file may end in a line break.") from None
+    with reply:
+        text = reply.read()
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise AutomlError("not_ready", "The address answers, but not with JSON.", "Check it.") from None
 
 # %% ../nbs/05b_client.ipynb #7de99db6
 FIRST_WAIT, LONGEST_WAIT = 0.2, 30.0  # seconds
@@ -63,6 +74,19 @@ def _pause(error: Exception, tried: int) -> float | None:
     return min(max(doubled, float(asked) if asked.isdigit() else 0.0), LONGEST_WAIT)
 
 # %% ../nbs/05b_client.ipynb #7ee6f9c4
+def _silence(url: str, error: Exception, timeout: float) -> AutomlError:
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, TimeoutError):
+        told = f"{url} did not answer within {timeout:g} s.", "Give it more time."
+    elif isinstance(reason, socket.gaierror):
+        told = f"The name in {url} is not known.", "Check its spelling and the network."
+    elif isinstance(reason, ssl.SSLError):
+        told = f"{url} does not answer over TLS ({reason.reason}).", "Check the address and its certificate."
+    else:
+        told = f"Nothing answers at {url}.", "Start the service first."
+    return AutomlError("not_ready", *told)
+
+# %% ../nbs/05b_client.ipynb #f27f5299
 def ask(
     url: str,  # the service's address, like http://127.0.0.1:8000
     data: bytes,  # a picture file's content
@@ -80,14 +104,12 @@ def ask(
             return _send(address, data, timeout, headers or {})
         except (OSError, HTTPException) as error:
             failure, pause = error, _pause(error, tried)
-        except ValueError:
-            raise AutomlError("not_ready", "The address answers, but not with JSON.", "Check it.") from None
         if pause is None or tried == tries - 1:
             break
         time.sleep(pause)
     if isinstance(failure, urllib.error.HTTPError):
         raise _refusal(failure) from None
-    raise AutomlError("not_ready", f"Nothing answers at {url}.", "Start the service first.") from None
+    raise _silence(url, failure, timeout) from None
 
 # %% ../nbs/05b_client.ipynb #a622fabf
 def wait_ready(

@@ -82,6 +82,20 @@ def test_no_service_is_an_error_after_all_tries(files, free):
     assert refused.value.code == "not_ready"
 
 
+def test_what_cannot_be_sent_is_told_at_once_and_without_the_key(files, server):
+    for url, headers in ((server.url, {"X-API-Key": "secret\n"}), (server.url, {"X-API-Key": "“secret”"}),
+                         (f"{server.url}/a b", {}), ("http://127.0.0.1:port", {})):
+        with pytest.raises(AutomlError, match="cannot be sent over HTTP") as refused:
+            Client(url, headers).predict(files[0])
+        assert refused.value.code == "wrong_parameter_type" and "secret" not in str(refused.value)
+
+
+def test_a_service_that_is_slow_is_told_from_one_that_is_absent(files):
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # takes the connection and says nothing
+        with pytest.raises(AutomlError, match=r"did not answer within 0.2 s\. Give it more time"):
+            Client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.2).predict(files[0])
+
+
 REFUSED = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 TOO_MANY = REFUSED.replace(b"503 Service Unavailable", b"429 Too Many Requests")
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\nConnection: close\r\n\r\n" + b'{"label": "x"}'
@@ -121,3 +135,11 @@ def test_transient_trouble_is_outlived(files, script):
         thread.join(10)
     assert len(heard) == len(script) and all(b"Authorization: Bearer abc" in request for request in heard)
     assert time.monotonic() - began >= script.count(REFUSED) + script.count(TOO_MANY)  # seconds, as Retry-After asks
+
+
+def test_an_answer_that_is_no_json_is_not_ours(files):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        page = ANSWER.replace(b'{"label": "x"}', b"<h1>Sign in</>")
+        threading.Thread(target=scripted, args=(listener, [page], []), daemon=True).start()
+        with pytest.raises(AutomlError, match="answers, but not with JSON"):
+            Client(f"http://127.0.0.1:{listener.getsockname()[1]}").predict(files[0])
