@@ -113,6 +113,25 @@ def test_a_picture_from_the_camera(open_page, server):
     assert page.is_hidden("#viewfinder") and page.evaluate("document.getElementById('video').srcObject") is None
 
 
+def test_a_camera_that_is_asked_for_twice_is_let_go(open_page, server):
+    page = open_page(server.url)
+    page.evaluate("""() => {
+        const devices = navigator.mediaDevices;
+        const lend = devices.getUserMedia.bind(devices);
+        window.streams = [];
+        devices.getUserMedia = async (wish) => { streams.push(await lend(wish)); return streams.at(-1); };
+        const button = document.getElementById("camera");
+        button.click();
+        button.click();
+    }""")
+    page.wait_for_selector("#viewfinder[open] video")
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.getElementById('video').srcObject === null")
+    assert page.evaluate("streams.map((stream) => stream.getTracks().map((track) => track.readyState))") == [["ended"]]
+    page.click("#camera")
+    page.wait_for_selector("#viewfinder[open] video")
+
+
 @pytest.fixture(scope="module")
 def doubtful(bundle, tmp_path_factory):
     """Return a bundle that abstains, and that has test figures."""

@@ -12,15 +12,20 @@ async function shoot(video) {
 
 /** Let the camera's button give a picture to `take`, or a reason to `fail`. */
 export function useCamera(take, fail) {
+  let asked = false; // of two streams the first would film on unseen
   const [button, dialog, video] = ["camera", "viewfinder", "video"].map(find);
   const allowed = Boolean(navigator.mediaDevices?.getUserMedia); // browsers give it to secure addresses only
   button.hidden = !allowed && !matchMedia("(pointer: coarse)").matches;
   button.addEventListener("click", async () => {
     if (!allowed) return find("capture").click();
+    if (asked) return;
+    asked = true; // the button keeps the focus, which a disabled one would lose
     try {
       video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     } catch {
       return fail("The camera cannot be used", "There is none, or the browser was told not to lend it to this page.");
+    } finally {
+      asked = false;
     }
     find("shoot").disabled = true; // until there is something to take
     dialog.showModal();
