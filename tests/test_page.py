@@ -532,3 +532,31 @@ def test_a_service_with_keys(open_page, start, bundle, plain):
         page.fill("#key", "a long secret")
         page.click("text=Use this key")
         page.wait_for_selector("#quality")
+
+
+def test_a_key_that_no_header_can_carry_is_told(open_page, start, bundle):
+    with start(bundle, AUTOML_CV_API_KEYS=hashlib.sha256(b"k").hexdigest()) as server:
+        page = open_page(f"{server.url}/model")
+        page.fill("#key", "“k”")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=a curly quotation mark")
+        page.fill("#key", "k")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#quality")
+
+
+def test_a_browser_that_lends_no_storage(open_page, start, bundle, plain):
+    """The page works as it is, and with a key for as long as it is open."""
+    blocked = """Object.defineProperty(window, "sessionStorage", {
+        get() { throw new DOMException("denied", "SecurityError"); }})"""
+    with start(bundle, AUTOML_CV_API_KEYS=hashlib.sha256(b"k").hexdigest()) as server:
+        page = open_page(server.url)
+        page.add_init_script(blocked)
+        page.reload()
+        page.set_input_files("#file", picture(plain))
+        page.wait_for_selector("#trouble:has-text('The key is missing or wrong')")
+        page.fill("#key", "k")
+        page.keyboard.press("Enter")
+        page.click("#again")
+        page.wait_for_selector("#answer:visible")
+        assert page.inner_text("#label") == "red"

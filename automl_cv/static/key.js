@@ -1,5 +1,5 @@
 // A service's API key: asked for once, kept until the tab is closed, sent with each request.
-import { keyHeader, keep } from "./service.js";
+import { isKey, keep, keyHeader } from "./service.js";
 
 const [form, field, state] = ["key-form", "key", "key-state"].map((id) => document.getElementById(id));
 
@@ -23,7 +23,12 @@ function use() {
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  keep(field.value.trim());
+  const key = field.value.trim();
+  if (!isKey(key)) {
+    state.textContent = "This key holds a character that no key can have, like a curly quotation mark. Copy it again.";
+    return;
+  }
+  keep(key);
   field.value = "";
   use();
 });

@@ -11,13 +11,26 @@ export class Trouble extends Error {
 const unreachable = () =>
   new Trouble("The service did not answer", "Check your connection and try again.", { code: "no_answer", passes: true });
 
+/** Tell whether a header can carry a key: Latin-1 only, and a browser refuses to send anything else. */
+export const isKey = (text) => /^[\x20-\x7e\xa0-\xff]+$/.test(text);
+
+let kept = ""; // where a browser lends no storage, the key lasts for the page
+
 /** Keep a key for as long as the tab is open. */
-export const keep = (key) => sessionStorage.setItem("key", key);
+export function keep(key) {
+  kept = key;
+  try {
+    sessionStorage.setItem("key", key);
+  } catch {} // it is kept above
+}
 
 /** The header that carries the key, where there is one. */
 export function keyHeader() {
-  const key = sessionStorage.getItem("key");
-  return key ? { "X-API-Key": key } : {};
+  let key = kept;
+  try {
+    key ||= sessionStorage.getItem("key") ?? "";
+  } catch {} // there is none but the one above
+  return isKey(key) ? { "X-API-Key": key } : {};
 }
 
 const locked = () =>
