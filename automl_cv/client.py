@@ -118,13 +118,14 @@ def wait_ready(
     alive: Callable[[], bool] = lambda: True,  # tells whether the service's process still runs
     headers: Mapping[str, str] | None = None,  # like {"Authorization": "Bearer ..."}
     patient: bool = False,  # ask again, each second, where an answer says no
+    opener: urllib.request.OpenerDirector = OPENER,  # how to get there
 ) -> None:
     """Return as soon as a service is ready. Raises AutomlError not_ready."""
     request = urllib.request.Request(f"{url}/health/ready", headers=dict(headers or {}))
     end, said = time.monotonic() + seconds, "nothing"
     while alive() and time.monotonic() < end:
         try:
-            return OPENER.open(request, timeout=10).close()
+            return opener.open(request, timeout=10).close()
         except urllib.error.HTTPError as error:
             said = f"status {error.code}"
             if not patient:

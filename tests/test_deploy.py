@@ -70,10 +70,10 @@ def room(tmp_path, revision):
     return tmp_path
 
 
-def deploy(room, bundle, *words, path=""):
-    """Run the command in a checkout."""
-    env = os.environ | {"AUTOML_CV_HOME": str(room / "home"), "PYTHONPATH": str(ROOT),
-                        "PATH": path or f"{room / 'bin'}:{os.environ['PATH']}"}
+def deploy(room, bundle, *words, **more):
+    """Run the command in a checkout. `more` is environment."""
+    env = os.environ | {"AUTOML_CV_HOME": str(room / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1",
+                        "PATH": f"{room / 'bin'}:{os.environ['PATH']}"} | more
     command = [sys.executable, "-c", "from automl_cv.cli import main; main()", "deploy", str(bundle), *WORDS, *words]
     return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=200)
 
@@ -116,7 +116,27 @@ def test_commands_are_printed_first_and_can_be_typed(room, bundle):
 def test_dry_run_runs_nothing(room, bundle):
     done = deploy(room, bundle, "--dry-run", "--public", "--bucket", "photos")
     assert done.returncode == 0 and done.stdout.count("$ gcloud ") == 9
-    assert calls(room) == [] and not (room / "home").exists()
+    assert calls(room) == []
+
+
+def test_files_of_the_commands_are_there_after_a_dry_run(room, bundle):
+    done = deploy(room, bundle, "--dry-run", "--bucket", "photos")
+    named = [word for line in done.stdout.splitlines() if line.startswith("$ ") for word in shlex.split(line)
+             if word.endswith(".yaml")]
+    assert [Path(name).name for name in named] == ["cloudbuild.yaml", "service.yaml", "job.yaml"]
+    assert all(Path(name).is_file() for name in named)
+    traffic = yaml.safe_load((room / "home/deploy/automl-cv/service.yaml").read_text())["spec"]["traffic"]
+    assert traffic == [{"revisionName": "REVISION-THAT-SERVES", "percent": 100}, {"latestRevision": True, "tag": "candidate"}]
+    assert done.stdout.splitlines()[-1].endswith("into service.yaml, for REVISION-THAT-SERVES.")
+
+
+def test_candidate_is_asked_through_a_proxy(room, bundle, revision):
+    found = json.loads((room / "describe").read_text())
+    found["status"]["traffic"][1]["url"] = "http://candidate.example.invalid"
+    (room / "describe").write_text(json.dumps(found))
+    done = deploy(room, bundle, http_proxy=f"http://127.0.0.1:{revision.server_port}")
+    assert done.returncode == 0, done.stderr
+    assert revision.asked == [("http://candidate.example.invalid/health/ready", "Bearer t0ken")] * 3
 
 
 def test_sick_revision_gets_no_requests(room, bundle, revision):
@@ -191,7 +211,7 @@ def test_account_asks_with_an_audience(room, bundle):
 
 
 def test_no_gcloud_is_one_line(room, bundle):
-    done = deploy(room, bundle, path="/nowhere")
+    done = deploy(room, bundle, PATH="/nowhere")
     assert done.returncode == 5 and done.stderr.startswith("error: gcloud is not installed.")
 
 
