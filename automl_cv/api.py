@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'LABELS', 'FILE', 'FORM', 'Notes', 'Model', 'EXAMPLES', 'GOOD', 'router', 'STATUS', 'NUMBERS', 'FACTS',
-           'MODEL', 'Share', 'Answer', 'predict', 'model', 'page', 'batch', 'docs', 'openapi', 'create_api']
+           'MODEL', 'SCHEMES', 'Share', 'Answer', 'predict', 'model', 'describe_guarded', 'page', 'batch', 'docs',
+           'openapi', 'create_api']
 
 # %% ../nbs/05df_api.ipynb #ab5063c2
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from . import __version__
 from .front import answer_picture, identity, live, metrics, ready
+from .guard import PROBES
 from .life import loaded
 from .pixels import ACCEPTED, UPLOAD
 from .routes import REFUSALS, All, TopK, programs
@@ -118,6 +120,26 @@ async def model(
         "batch": batch_limit(predictor.session),
         "engine": name_engine(predictor.session), "workers": request.app.state.pool.workers})
 
+# %% ../nbs/05df_api.ipynb #b6146ebe
+SCHEMES = {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+           "bearer": {"type": "http", "scheme": "bearer"}}
+
+# %% ../nbs/05df_api.ipynb #9b83158f
+def describe_guarded(
+    api: FastAPI,  # of `create_api`
+) -> dict[str, Any]:  # an OpenAPI document
+    """Describe the application, and who may ask it."""
+    document, needs_key = describe(api), api.state.needs_key
+    refused = {str(status): answer for status, answer in failures("no_key", "wrong_host").items()}
+    guarded = [part for path, part in document["paths"].items() if not PROBES.fullmatch(path)]
+    for operation in (operation for part in guarded for operation in part.values()):
+        operation["responses"] |= refused
+        if needs_key:
+            operation["security"] = [{name: []} for name in SCHEMES]
+    if needs_key:
+        document["components"]["securitySchemes"] = SCHEMES
+    return document
+
 # %% ../nbs/05df_api.ipynb #4dea25ea
 @router.get("/", include_in_schema=False)
 async def page(
@@ -140,7 +162,7 @@ async def docs(
     request: Request,  # names the application
 ) -> HTMLResponse:
     """Show the OpenAPI document to people."""
-    return show("docs.html", request, document=describe(request.app))
+    return show("docs.html", request, document=describe_guarded(request.app))
 
 # %% ../nbs/05df_api.ipynb #bdda7bbe
 @router.get("/openapi.json", include_in_schema=False)
@@ -148,7 +170,7 @@ async def openapi(
     request: Request,  # names the application
 ) -> dict[str, Any]:
     """Return the OpenAPI document."""
-    return describe(request.app)
+    return describe_guarded(request.app)
 
 # %% ../nbs/05df_api.ipynb #b88122b7
 def create_api(

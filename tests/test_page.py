@@ -327,6 +327,29 @@ def test_the_lines_for_programs_work(open_page, server, plain, tmp_path):
     assert label == "red"
 
 
+def test_the_lines_for_programs_carry_a_key_where_one_is_needed(open_page, start, bundle, plain, tmp_path):
+    (tmp_path / "picture.jpg").write_bytes(plain("blue", "JPEG"))
+    with start(bundle, AUTOML_CV_API_KEYS=hashlib.sha256(b"k").hexdigest()) as server:
+        page = open_page(server.url)
+        page.click("summary")
+        line = f'curl -H "X-API-Key: YOUR-KEY" -F file=@picture.jpg {server.url}/predict'
+        assert page.inner_text("#command").strip() == line
+        assert '"X-API-Key": "YOUR-KEY"' in page.inner_text("#javascript")
+        lines = page.inner_text("#python").replace("YOUR-KEY", "k")
+        found = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, text=True, capture_output=True, check=True,
+                               env=os.environ | {"NO_PROXY": "*"})
+        assert "'label': 'blue'" in found.stdout
+        page.goto(f"{server.url}/docs")
+        shown = page.locator("pre").all_inner_texts()
+        assert line in shown and f"curl {server.url}/health/ready" in shown
+        page.click("text=Errors >> nth=0")
+        assert page.locator("td:visible:text-is('401') + td").all_inner_texts() == ["no_key"]
+        page.goto(f"{server.url}/model")
+        page.fill("#key", "k")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"code:text-is('curl -H \"X-API-Key: YOUR-KEY\" {server.url}/model')")
+
+
 def read_csv(saved):
     return list(csv.reader(io.StringIO(Path(saved.value.path()).read_text(), newline="")))
 
