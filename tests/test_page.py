@@ -347,7 +347,19 @@ def test_the_lines_for_programs_carry_a_key_where_one_is_needed(open_page, start
         page.goto(f"{server.url}/model")
         page.fill("#key", "k")
         page.keyboard.press("Enter")
-        page.wait_for_selector(f"code:text-is('curl -H \"X-API-Key: YOUR-KEY\" {server.url}/model')")
+        page.wait_for_selector("#quality")
+        assert page.inner_text(".fine code") == f'curl -H "X-API-Key: YOUR-KEY" {server.url}/model'
+
+
+@pytest.mark.parametrize("path", ["/", "/model", "/docs"])
+def test_the_lines_for_programs_have_the_address_that_people_see(open_page, server, path):
+    """A proxy is played: the page comes with an address that only the proxy knows."""
+    page = open_page(server.url)
+    page.route(f"{server.url}{path}", lambda route: route.fulfill(
+        response=(found := route.fetch()), body=found.text().replace(server.url, "http://inside.invalid")))
+    page.goto(server.url + path)
+    shown = page.locator(".origin").all_text_contents()
+    assert set(shown) == {server.url} and "inside.invalid" not in page.text_content("main")
 
 
 def read_csv(saved):

@@ -1,4 +1,5 @@
 // A service's API key: asked for once, kept until the tab is closed, sent with each request.
+import { showOrigin } from "./origin.js";
 import { isKey, keep, keyHeader } from "./service.js";
 
 const [form, field, state] = ["key-form", "key", "key-state"].map((id) => document.getElementById(id));
@@ -14,6 +15,7 @@ async function unlock() {
   const page = new DOMParser().parseFromString(await reply.text(), "text/html");
   document.title = page.title;
   document.getElementById("main").replaceWith(page.getElementById("main"));
+  showOrigin();
 }
 
 function use() {

@@ -97,9 +97,6 @@ find("again").addEventListener("click", () => answer(last));
 // TIFF and damaged pictures cannot be shown; the file's name stays.
 find("preview").addEventListener("error", () => { find("preview").hidden = true; });
 
-// Behind a proxy only the browser knows the address that people see.
-const base = new URL(".", location.href).href.replace(/\/$/, "");
-for (const spot of document.querySelectorAll(".origin")) spot.textContent = base;
 for (const button of document.querySelectorAll("[data-copies]")) {
   button.hidden = !navigator.clipboard; // browsers give it to secure addresses only
   button.addEventListener("click", async () => {
