@@ -94,7 +94,7 @@ def classify_files(
 ) -> None:
     """Classify pictures into a table, and leave with an exit status where that fails."""
     with told(), stop_on_signals():
-        if task >= tasks:
+        if not 0 <= task < tasks:
             raise AutomlError("wrong_parameter_type", f"There is no share {task} of {tasks}.",
                               "The first one is 0.")
         if csv and csv.is_dir():
@@ -117,6 +117,9 @@ def serve_bundle(
     """Serve a bundle until SIGTERM or Ctrl-C, and leave with an exit status where that fails."""
     note_hangups()
     with told():
+        if not 0 <= port < 65536:
+            raise AutomlError("wrong_parameter_type", f"There is no port {port}.",
+                              "Give a number from 1 to 65535.")
         from automl_cv.serve import serve
         read_bundle(place := find_bundle(bundle))
         serve(bundle if "://" in bundle else str(place), host, port)
