@@ -8,6 +8,7 @@ __all__ = ['command', 'told', 'find_bundle', 'part_name', 'classify_files', 'ser
 # %% ../nbs/06b_commands.ipynb #2268e2df
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -85,6 +86,13 @@ def part_name(
     return table if tasks == 1 else table.with_stem(f"{table.stem}-{task + 1}-of-{tasks}")
 
 # %% ../nbs/06b_commands.ipynb #e693ded8
+def _refuse_addresses(paths: list[Path]) -> None:
+    for text in map(str, paths):
+        if re.match(r"\w{2,}:/", text) and not Path(text).exists():
+            raise AutomlError("source_unsupported", f"{text.replace(':/', '://', 1)} is an address.",
+                              "Pictures are read from files: copy them here, or mount the bucket.")
+
+# %% ../nbs/06b_commands.ipynb #c9faee23
 def classify_files(
     bundle: str,  # as `find_bundle` takes it
     paths: list[Path],  # pictures and folders of pictures
@@ -99,6 +107,7 @@ def classify_files(
                               "The first one is 0.")
         if csv and csv.is_dir():
             raise AutomlError("wrong_parameter_type", f"{csv} is a folder.", "Name a file after --csv.")
+        _refuse_addresses(paths)
         table = csv and part_name(csv, task, tasks)
         predictor = Predictor(find_bundle(bundle))
         own = {part_name(csv, number, tasks).resolve() for number in range(tasks)} if csv else set()

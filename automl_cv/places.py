@@ -25,7 +25,7 @@ def bundle_place(
 def fetch_bundle(
     where: str,  # a folder, or an address
 ) -> Path:  # a folder that holds the bundle
-    """Bring a bundle here. Raises AutomlError bundle_damaged, source_not_found, missing_extra."""
+    """Bring a bundle here. Raises AutomlError bundle_not_found, bundle_damaged, missing_extra and others."""
     place = bundle_place(where)
     if place == Path(where):
         return place
@@ -39,5 +39,8 @@ def fetch_bundle(
         for item in open_remote(where):
             if re.fullmatch(r"\w[\w.-]*", item.name):
                 (folder / item.name).write_bytes(item.read())
+        if not (folder / "model.json").exists():
+            raise AutomlError("bundle_not_found", f"There is no model bundle at {where}.",
+                              "Name the folder that holds model.json.")
         read_bundle(folder)
     return place
