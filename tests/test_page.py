@@ -507,13 +507,65 @@ def test_a_zip_goes_as_it_is_or_is_refused_in_words(open_page, server, plain, tm
         archive.writestr("bad.png", b"no picture")
     page = open_page(f"{server.url}/batch")
     page.set_input_files("#files", tmp_path / "some.zip")
-    if "/predict/batch" not in httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["paths"]:
-        page.wait_for_selector("#message:visible")
-        assert page.inner_text("#message-title") == "This service takes no zip files"
-        assert "some.zip" in page.inner_text("#message-detail")
-    else:
-        page.wait_for_selector("text=2 files done, 1 failed")
-        assert [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["bad.png", ""]]
+    page.wait_for_selector("text=2 files done, 1 failed")
+    assert [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["bad.png", ""]]
+    page.reload()
+    page.route("**/openapi.json", lambda route: route.fulfill(json={"paths": {}}))
+    page.set_input_files("#files", tmp_path / "some.zip")
+    page.wait_for_selector("#rows:has-text('This service takes no zip files')")
+
+
+def zipped(name, data):
+    return {"name": name, "mimeType": "application/zip", "buffer": data}
+
+
+def test_each_bad_zip_has_a_row(open_page, server):
+    page = open_page(f"{server.url}/batch")
+    page.set_input_files("#files", [zipped("one.zip", b"PK\3\4junk"), zipped("two.zip", b"PK\3\4junk")])
+    page.wait_for_selector("text=2 files done, 2 failed")
+    assert [[row[0], row[-1]] for row in download(page)[1:]] == [["one.zip", "bad_archive"], ["two.zip", "bad_archive"]]
+
+
+def test_a_busy_service_is_asked_again_for_a_zip(open_page, server, plain):
+    """It is busy for five turns; then its row can be retried, where it is busy once more."""
+    archive, asked = io.BytesIO(), []
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("red.png", plain("red"))
+        file.writestr("blue.png", plain("blue"))
+    busy = {"status": 503, "json": {"title": "The service is busy", "detail": "Ask again.", "code": "busy"},
+            "headers": {"Retry-After": "0.01"}}
+    page = open_page(f"{server.url}/batch")
+    page.route("**/predict/batch*", lambda route: asked.append(route) or (
+        route.fulfill(**busy) if len(asked) < 7 else route.continue_()))
+    page.set_input_files("#files", zipped("a.zip", archive.getvalue()))
+    page.wait_for_selector("#retry:visible")
+    assert len(asked) == 5 and page.inner_text("#rows .failed strong") == "The service is busy"
+    page.click("#retry")
+    page.wait_for_selector("text=2 files done")
+    assert len(asked) == 7 and [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["blue.png", "blue"]]
+
+
+def test_a_zip_that_broke_off_is_answered_once(open_page, server, plain):
+    archive, lines = io.BytesIO(), []
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("red.png", plain("red"))
+    page = open_page(f"{server.url}/batch")
+    page.route("**/predict/batch*", lambda route: lines.append(route) or (route.continue_() if lines[1:] else route.fulfill(
+        body='{"file": "red.png", "label": "red", "confidence": 1.0, "class_index": 0}\n{"file": "bl')))
+    page.set_input_files("#files", zipped("a.zip", archive.getvalue()))
+    page.wait_for_selector("text=2 files done, 1 failed")
+    assert sorted(row[0] for row in download(page)[1:]) == ["a.zip", "red.png"]
+    page.click("#retry")
+    page.wait_for_selector("text=1 file done")
+    assert [row[0] for row in download(page)[1:]] == ["red.png"]
+
+
+def test_what_systems_leave_in_folders_is_left_out(open_page, server, plain):
+    from automl_cv.core import SYSTEM
+
+    page = open_page(f"{server.url}/batch")
+    page.evaluate(GIVE, ["drop", ["red.png", "Desktop.ini", ".DS_Store", *SYSTEM], list(plain("red"))])
+    page.wait_for_selector("text=1 file done, 6 hidden files left out")
 
 
 def violations(page):

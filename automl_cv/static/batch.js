@@ -1,5 +1,6 @@
 // The batch page: many pictures in, a table out. Pictures go one by one, so that each fails or succeeds alone;
-// a zip goes as it is, and its rows come back in one stream.
+// a zip goes as it is, and its rows come back in one stream. They take the place of its own row, which stays only
+// where the zip failed.
 import { save, writeCsv } from "./csv.js";
 import { takeChosen, takeFiles, visible } from "./files.js";
 import { bar, classify, make, percent, post, ranking, Trouble } from "./service.js";
@@ -9,10 +10,10 @@ const drop = find("drop");
 const maxBytes = Number(drop.dataset.maxBytes);
 const classes = JSON.parse(drop.dataset.classes);
 const AT_ONCE = 4; // enough to keep a small server's cores busy
-const PATIENCE = 5; // how often a busy server is asked again for the same picture
+const PATIENCE = 5; // how often a busy server is asked for the same file
 const THUMBNAIL = 56; // side, CSS pixels
 const ROOM = 200; // rows drawn at once: a browser lays all of them out again for each answer
-const rows = []; // {name, file?, found?, trouble?, element}
+let rows = []; // {name, file?, found?, trouble?, parts?, element}
 const queue = []; // jobs that wait: functions
 let room = ROOM;
 let running = 0;
@@ -46,7 +47,7 @@ async function drawThumbnail(canvas, file) {
 
 function addRow(name, file) {
   const [picture, place, answer, share] = ["picture", "file", "answer", "share"].map((kind) => make("td", kind));
-  const canvas = make("canvas", file ? "" : "gone");
+  const canvas = make("canvas", file && !isZip(name) ? "" : "gone");
   canvas.setAttribute("aria-hidden", "true");
   picture.append(canvas);
   place.textContent = name;
@@ -58,6 +59,12 @@ function addRow(name, file) {
   find("rows").append(element);
   drawRow(row);
   return row;
+}
+
+function removeRows(gone) {
+  const all = new Set(gone);
+  rows = rows.filter((row) => !all.has(row));
+  for (const { element } of all) element.remove();
 }
 
 function names(found) {
@@ -146,10 +153,10 @@ function toTrouble(error) {
   return new Trouble("The answer could not be read", "Try again.", { code: "broken_answer" });
 }
 
-async function ask(file, signal) {
+async function patiently(send, signal) {
   for (let turn = 1; ; turn += 1) {
     try {
-      return await classify(file, { topK: classes.length || 1, maxBytes, signal });
+      return await send();
     } catch (error) {
       if (!error.busy || turn === PATIENCE || signal.aborted) throw error;
       await pause(Math.min(error.seconds, 10)); // a busy server says when to come back
@@ -157,10 +164,11 @@ async function ask(file, signal) {
   }
 }
 
-async function work(row, signal) {
+async function workPicture(row, signal) {
   const drawn = signal.aborted || drawThumbnail(row.element.querySelector("canvas"), row.file);
+  const send = () => classify(row.file, { topK: classes.length || 1, maxBytes, signal });
   try {
-    [row.found, row.trouble] = [await ask(row.file, signal), undefined];
+    [row.found, row.trouble] = [await patiently(send, signal), undefined];
   } catch (error) {
     [row.found, row.trouble] = [undefined, toTrouble(error)];
   }
@@ -180,6 +188,7 @@ function readLine(text) {
   else row.found = found;
   drawRow(row);
   plan();
+  return row;
 }
 
 async function takesZips() {
@@ -187,26 +196,31 @@ async function takesZips() {
   return "/predict/batch" in (await reply.json()).paths;
 }
 
-async function workZip({ file, name }, signal) {
+async function workZip(row, signal) {
+  removeRows(row.parts ?? []); // of a try that broke off
+  row.parts = [];
+  const send = () => post(`predict/batch?top_k=${classes.length || 1}`, "files", [row.file], signal);
   try {
     if (!(await takesZips())) {
-      return complain("This service takes no zip files", `Unpack ${name} and drop the folder.`);
+      throw new Trouble("This service takes no zip files", "Unpack it and drop the folder.", { code: "no_zips" });
     }
-    const reply = await post(`predict/batch?top_k=${classes.length || 1}`, "files", [file], signal);
+    const reply = await patiently(send, signal);
     const lines = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
       const { value, done } = await lines.read();
       const parts = (rest + (value ?? "")).split("\n");
       rest = done ? "" : parts.pop();
-      parts.filter((part) => part.trim()).forEach(readLine);
-      if (done) return;
+      for (const part of parts) if (part.trim()) row.parts.push(readLine(part));
+      if (done) return removeRows([row]);
     }
   } catch (error) {
-    const { title, detail } = toTrouble(error);
-    complain(`${name}: ${title}`, detail);
+    row.trouble = toTrouble(error);
+    drawRow(row);
   }
 }
+
+const work = (row) => (signal) => (isZip(row.name) ? workZip : workPicture)(row, signal);
 
 async function run() {
   if (running >= AT_ONCE || !queue.length) return plan();
@@ -233,11 +247,7 @@ function take(items) {
   const wanted = visible(items);
   leftOut += items.length - wanted.length;
   if (!wanted.length) return complain("That was no file", "Drop pictures, a folder with pictures, or a zip of them.");
-  start(wanted.map(({ file, name }) => {
-    if (isZip(name)) return (signal) => workZip({ file, name }, signal);
-    const row = addRow(name, file);
-    return (signal) => work(row, signal);
-  }));
+  start(wanted.map(({ file, name }) => work(addRow(name, file))));
 }
 
 takeFiles(drop, take);
@@ -251,7 +261,7 @@ find("retry").addEventListener("click", () => {
     row.trouble = undefined;
     drawRow(row);
   }
-  start(failed.map((row) => (signal) => work(row, signal)));
+  start(failed.map(work));
 });
 find("download").addEventListener("click", () => {
   save(writeCsv(refresh(), classes, ranking), "answers.csv", "text/csv");

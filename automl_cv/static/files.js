@@ -1,6 +1,8 @@
 // How files get into a page: dropped anywhere on it, pasted, or chosen.
 
-const hidden = (path) => /(^|\/)(\.|__MACOSX\/|Thumbs\.db$)/.test(path);
+const SYSTEM = ["__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"]; // as the service itself leaves out
+
+const hidden = (path) => path.split("/").some((part) => part.startsWith(".") || SYSTEM.includes(part.toLowerCase()));
 
 async function walk(entry) {
   if (entry.isFile) {
