@@ -611,6 +611,7 @@ def test_a_service_with_keys(open_page, start, bundle, plain):
         page.click("text=Model")
         page.wait_for_selector("#quality")
         page.click("text=Batch")
+        page.wait_for_url("**/batch")  # and for its scripts
         page.set_input_files("#files", [picture(plain), picture(plain, "blue")])
         page.wait_for_selector("tbody tr:nth-child(2)")
         page.evaluate("sessionStorage.setItem('key', 'another')")
@@ -630,6 +631,26 @@ def test_a_key_that_no_header_can_carry_is_told(open_page, start, bundle):
         page.fill("#key", "k")
         page.keyboard.press("Enter")
         page.wait_for_selector("#quality")
+
+
+@pytest.mark.parametrize("scheme,border", [("light", "rgb(92, 96, 112)"), ("dark", "rgb(162, 167, 184)")])
+def test_a_page_that_was_unlocked_can_be_used_by_keyboard(open_page, start, doubtful, scheme, border):
+    with start(doubtful, AUTOML_CV_API_KEYS=hashlib.sha256(b"k").hexdigest()) as server:
+        page = open_page(f"{server.url}/model", color_scheme=scheme)
+        assert page.inner_text("[aria-current=page]") == "Model" and violations(page) == []
+        assert page.locator("#key").evaluate("field => getComputedStyle(field).borderColor") == border
+        page.fill("#key", "k")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#quality")
+        assert focused(page) == "main" and violations(page) == []
+
+
+def test_the_copy_button_says_what_it_did(open_page, server):
+    page = open_page(server.url, permissions=["clipboard-read", "clipboard-write"])
+    page.click("summary")
+    page.get_by_role("button", name="Copy the curl lines", exact=True).click()
+    page.get_by_role("button", name="Copied the curl lines", exact=True).wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == f"curl -F file=@picture.jpg {server.url}/predict"
 
 
 def test_a_browser_that_lends_no_storage(open_page, start, bundle, plain):

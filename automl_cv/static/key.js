@@ -15,6 +15,7 @@ async function unlock() {
   const page = new DOMParser().parseFromString(await reply.text(), "text/html");
   document.title = page.title;
   document.getElementById("main").replaceWith(page.getElementById("main"));
+  document.getElementById("main").focus(); // the field that had it is gone
   showOrigin();
 }
 

@@ -101,6 +101,6 @@ for (const button of document.querySelectorAll("[data-copies]")) {
   button.hidden = !navigator.clipboard; // browsers give it to secure addresses only
   button.addEventListener("click", async () => {
     await navigator.clipboard.writeText(find(button.dataset.copies).textContent.trim());
-    button.textContent = "Copied";
+    button.firstChild.textContent = "Copied";
   });
 }
