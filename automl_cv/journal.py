@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
 from typing import Any
@@ -68,8 +69,9 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make o
 
 
 def _say(line: dict[str, Any]) -> None:
-    sys.stdout.write(f"{_encode(line)}\n")
-    sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.write(f"{_encode(line)}\n")
+        sys.stdout.flush()
 
 # %% ../nbs/05d_journal.ipynb #3c0517b3
 class _Reply:

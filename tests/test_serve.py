@@ -281,6 +281,13 @@ def test_journal_has_a_line_for_each_request(start, bundle, plain):
     assert not re.search("secret|me.png|notes", text)
 
 
+def test_full_log_disk_fails_no_request(start, bundle, tmp_path):
+    (tmp_path / "journal.txt").symlink_to("/dev/full")
+    with start(bundle) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        assert [client.get("/health/ready").status_code for _ in range(6)] == [200] * 6
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_full_queue_is_said_at_once(start, bundle):
     """Sixty photos at once: some are answered, the others are told when to come back, and health answers."""
     file = io.BytesIO()
