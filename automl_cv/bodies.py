@@ -90,9 +90,9 @@ async def one_body(
 MAX_PARTS = 10  # of a form with one file; more are not looked at
 MAX_HEAD = 2**13  # bytes before a part's content
 BOUNDARY = re.compile(r'multipart/form-data\s*;.*?boundary="?([^";,\s]+)', re.I | re.S)
-NAME = re.compile(rb'content-disposition:[^\r\n]*?;\s*name=(?:"file"|file(?=[;\s]))', re.I)
-FILENAME = re.compile(rb'content-disposition:[^\r\n]*?;\s*filename=(?:"([^"\r\n]*)|([^;\s]*))', re.I)
-CODED_NAME = re.compile(rb"content-disposition:[^\r\n]*?;\s*filename\*=[\w-]+'[^']*'([^;\s]*)", re.I)
+NAME = re.compile(rb'^content-disposition:[^\r\n]*?;\s*name=(?:"file"|file(?=[;\s]))', re.I | re.M)
+FILENAME = re.compile(rb'^content-disposition:[^\r\n]*?;\s*filename=(?:"([^"\r\n]*)|([^;\s]*))', re.I | re.M)
+CODED_NAME = re.compile(rb"^content-disposition:[^\r\n]*?;\s*filename\*=[\w-]+'[^']*'([^;\s]*)", re.I | re.M)
 
 # %% ../nbs/05ca_bodies.ipynb #6089ee75
 def _parts(body: bytes | mmap, boundary: str) -> Iterator[tuple[bytes, int, int]]:
