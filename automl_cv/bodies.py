@@ -16,7 +16,7 @@ from mmap import ACCESS_READ, mmap
 from urllib.parse import unquote_to_bytes
 
 from anyio import current_time, move_on_after, to_thread
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from .core import AutomlError
 from .pixels import UPLOAD
@@ -51,13 +51,19 @@ async def _announced(request: Request, limit: int) -> int:
 
 # %% ../nbs/05ca_bodies.ipynb #0219bddf
 async def _chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
-    seen = 0
-    async for chunk in request.stream():
+    seen, more = 0, True
+    while more:  # `request.stream()` would not say which chunk is the last
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk, more = message.get("body", b""), message.get("more_body", False)
         seen += len(chunk)
         if seen > limit + FORM_BYTES:
-            await _drain(request)
+            if more:
+                await _drain(request)
             raise _too_large(limit)
-        yield chunk
+        if chunk:
+            yield chunk
 
 # %% ../nbs/05ca_bodies.ipynb #a54f0f53
 async def _collect(request: Request, pool: Pool, limit: int, chunks: list[bytes]) -> None:
