@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['UPLOAD_SECONDS', 'DRAIN_SECONDS', 'FORM_BYTES', 'MAX_PARTS', 'MAX_HEAD', 'BOUNDARY', 'NAME', 'FILENAME', 'CODED_NAME',
-           'MAX_BATCH', 'MAX_FILES', 'STRIDE', 'one_body', 'find_picture', 'many_files']
+           'MAX_BATCH', 'MAX_FILES', 'MAX_FIELDS', 'STRIDE', 'one_body', 'find_picture', 'many_files']
 
 # %% ../nbs/05ca_bodies.ipynb #cda709a2
 import re
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from itertools import islice
 from mmap import ACCESS_READ, mmap
@@ -119,8 +119,8 @@ def _file_name(head: bytes) -> bytes | None:
     return unquote_to_bytes(coded[1]) if coded else None
 
 # %% ../nbs/05ca_bodies.ipynb #9a19df27
-def _form_files(body: bytes | mmap, boundary: str, most: int) -> Iterator[tuple[bytes, str, int, int]]:
-    for head, start, end in islice(_parts(body, boundary), most):
+def _form_files(parts: Iterable[tuple[bytes, int, int]]) -> Iterator[tuple[bytes, str, int, int]]:
+    for head, start, end in parts:
         name = _file_name(head)
         if name is not None and end != -1 and (name or start < end):
             yield head, name.decode("utf-8", "replace"), start, end
@@ -133,7 +133,7 @@ def find_picture(
     """Take the one file out of a form, or the body as it is. Raises AutomlError missing_file."""
     form, files = BOUNDARY.match(content_type), [slice(None)] if body else []
     if form:
-        found = _form_files(body, form[1], MAX_PARTS)
+        found = _form_files(islice(_parts(body, form[1]), MAX_PARTS))
         files = [slice(start, end) for head, _, start, end in found if NAME.search(head)]
     if len(files) != 1:
         raise AutomlError("missing_file", "The request needs one file in the form field 'file'.",
@@ -142,6 +142,7 @@ def find_picture(
 
 # %% ../nbs/05ca_bodies.ipynb #a0fc82ae
 MAX_BATCH, MAX_FILES = 100 * 10**6, 5000  # bytes; files in one form
+MAX_FIELDS = 1000  # of a form, beside its files
 STRIDE = 2**20  # bytes of a batch that have to arrive in `UPLOAD_SECONDS`
 
 # %% ../nbs/05ca_bodies.ipynb #cfbee1ba
@@ -173,10 +174,13 @@ def _views(body: bytes | mmap, content_type: str) -> list[tuple[str, memoryview]
     form, view = BOUNDARY.match(content_type), memoryview(body)
     if not form:
         return [("upload", view)] if body else []
-    files = list(_form_files(body, form[1], MAX_FILES + 9))  # with a few fields that are none
-    if len(files) > MAX_FILES:
-        raise AutomlError("too_many_files", f"The form has over {MAX_FILES} files.", "Send several requests.")
-    return [(name or "upload", view[start:end]) for _, name, start, end in files]
+    parts = _parts(body, form[1])
+    found = _form_files(islice(parts, MAX_FILES + MAX_FIELDS + 1))  # one is the end
+    files = [(name or "upload", view[start:end]) for _, name, start, end in found]
+    if len(files) > MAX_FILES or next(parts, None):  # what was not looked at may be files
+        raise AutomlError("too_many_files", f"The form has over {MAX_FILES} files or {MAX_FIELDS} fields.",
+                          "Send several requests.")
+    return files
 
 # %% ../nbs/05ca_bodies.ipynb #b45ef378
 @asynccontextmanager
