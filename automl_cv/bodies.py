@@ -10,9 +10,10 @@ __all__ = ['UPLOAD_SECONDS', 'DRAIN_SECONDS', 'FORM_BYTES', 'MAX_PARTS', 'MAX_HE
 import re
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from itertools import islice
 from mmap import ACCESS_READ, mmap
+from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
 from anyio import current_time, move_on_after, to_thread
@@ -151,23 +152,40 @@ def _make_room(pool: Pool, size: int, limit: int) -> None:
         raise Busy(pool.delay())
 
 # %% ../nbs/05ca_bodies.ipynb #e526464f
+@contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise AutomlError("disk_trouble", "The service has no room on its disk for the upload.",
+                          "Try again later, or with less.") from None
+
+# %% ../nbs/05ca_bodies.ipynb #fa77fd82
+def _write(file: BinaryIO, chunk: bytes) -> int:
+    with _disk():
+        if file.write(chunk) != len(chunk):  # unbuffered: a part of it is what a full disk takes
+            raise OSError
+    return len(chunk)
+
+# %% ../nbs/05ca_bodies.ipynb #a80ecc2d
 @asynccontextmanager
 async def _spool(request: Request, pool: Pool, limit: int) -> AsyncIterator[bytes | mmap]:
-    with tempfile.TemporaryFile() as file:
+    with _disk():
+        opened, size, due = tempfile.TemporaryFile(buffering=0), 0, STRIDE
+    with opened as file:
         try:
             with move_on_after(UPLOAD_SECONDS) as time:
-                due = STRIDE
                 async for chunk in _chunks(request, limit):
                     _make_room(pool, len(chunk), limit)
-                    pool.spooled += file.write(chunk)
-                    if file.tell() >= due:
-                        due, time.deadline = file.tell() + STRIDE, current_time() + UPLOAD_SECONDS
+                    size += _write(file, chunk)
+                    pool.spooled += len(chunk)
+                    if size >= due:
+                        due, time.deadline = size + STRIDE, current_time() + UPLOAD_SECONDS
             if time.cancelled_caught:
                 raise _too_slow()
-            file.flush()
-            yield mmap(file.fileno(), 0, access=ACCESS_READ) if file.tell() else b""
+            yield mmap(file.fileno(), 0, access=ACCESS_READ) if size else b""
         finally:
-            pool.spooled -= file.tell()
+            pool.spooled -= size
 
 # %% ../nbs/05ca_bodies.ipynb #6a4076a9
 def _views(body: bytes | mmap, content_type: str) -> list[tuple[str, memoryview]]:
@@ -189,7 +207,7 @@ async def many_files(
     pool: Pool,  # counts the bytes for as long as the block lasts
     limit: int = MAX_BATCH,  # of all files of all batches together, bytes
 ) -> AsyncIterator[list[tuple[str, memoryview]]]:  # names and contents
-    """Give its files. Raises Busy, AutomlError file_too_large, missing_file, too_slow, too_many_files."""
+    """Give its files. Raises Busy, AutomlError disk_trouble, file_too_large, missing_file, and others."""
     _make_room(pool, await _announced(request, limit), limit)
     async with _spool(request, pool, limit) as body:
         files = await to_thread.run_sync(_views, body, request.headers.get("content-type", ""))

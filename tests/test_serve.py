@@ -345,6 +345,17 @@ def test_batch_of_a_zip(client, plain):
     assert {row["label"] for row in rows if "label" in row} == {"green"}
 
 
+def test_full_disk_is_said(start, bundle, plain):
+    """A batch for which the disk has no room is told so, and a smaller one is answered."""
+    code = ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)); "
+            "from automl_cv.serve import serve; serve()")
+    with start(bundle, ("-c", code)) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        for _ in range(2):
+            reply = client.post("/predict/batch", files={"files": bytes(8_000_000)})
+            assert (reply.status_code, reply.json()["code"]) == (507, "disk_trouble")
+        assert client.post("/predict/batch", files={"files": plain("red")}).json()["label"] == "red"
+
+
 def test_client_that_takes_no_rows_loses_its_room(start, bundle):
     """A batch whose rows nobody takes ends: it is written down, and its bytes are counted no longer."""
     file = io.BytesIO()
