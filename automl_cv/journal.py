@@ -9,7 +9,7 @@ __all__ = ['SECONDS', 'SHARES', 'Metrics', 'Journal']
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
@@ -17,6 +17,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .predict import Prediction
@@ -54,7 +55,8 @@ class Metrics:
     def count(self, found: Prediction, version: str) -> None:
         """Count an answer."""
         self.confidence.observe(found.confidence)
-        _series(self.classes, found.label, version).inc()
+        for label in [found.label] if found.labels is None else found.labels:
+            _series(self.classes, label, version).inc()
 
     def text(self) -> bytes:
         """Return all numbers in Prometheus' text format."""
@@ -75,24 +77,45 @@ def _say(line: dict[str, Any]) -> None:
 
 # %% ../nbs/05d_journal.ipynb #3c0517b3
 class _Reply:
-    def __init__(self, send: Send):
-        self.send, self.status, self.headers, self.code = send, 499, Headers(), ""  # 499: nobody listened
+    def __init__(self, receive: Receive, send: Send):
+        self.take, self.give, self.headers, self.code = receive, send, Headers(), ""
+        self.status, self.gone, self.cut = 499, False, False  # 499: nobody listened
 
-    async def __call__(self, message: Message) -> None:
+    async def receive(self) -> Message:
+        message = await self.take()
+        self.gone |= message["type"] == "http.disconnect"
+        return message
+
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status, self.headers = message["status"], Headers(raw=message["headers"])
-        elif self.headers.get("content-type") == PROBLEM and message.get("body"):
-            self.code = json.loads(message["body"])["code"]
-        await self.send(message)
+            self.cut, self.headers = True, Headers(raw=message["headers"])
+            self.status = 499 if self.gone else message["status"]
+        else:
+            self.cut = message.get("more_body", False)
+            if self.headers.get("content-type") == PROBLEM and message.get("body"):
+                self.code = json.loads(message["body"])["code"]
+        await self.give(message)
 
 # %% ../nbs/05d_journal.ipynb #bd0a8b64
-def _line(scope: Scope, name: str, status: int, seconds: float) -> dict[str, Any]:
-    return {"severity": _severity(status), "message": f"{name} {status}",
+def _line(scope: Scope, name: str, reply: _Reply, seconds: float) -> dict[str, Any]:
+    severity = "WARNING" if reply.cut else _severity(reply.status)
+    return {"severity": severity, "message": f"{name} {reply.status}",
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "httpRequest": {"requestMethod": scope["method"], "requestUrl": scope["path"],
-                            "status": status, "latency": f"{seconds:.6f}s"}}
+                            "status": reply.status, "latency": f"{seconds:.6f}s"}}
 
 # %% ../nbs/05d_journal.ipynb #db311297
+_pattern = cache(compile_path)
+
+
+def _known(scope: Scope, paths: Set[str]) -> str:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if path in paths:
+        return path
+    templates = (known for known in tuple(paths) if "{" in known)  # a copy: more may come
+    return next((known for known in templates if _pattern(known)[0].match(path)), "other")
+
+# %% ../nbs/05d_journal.ipynb #0ddcbbc4
 class Journal:
     """Write a line and count each request."""
 
@@ -100,7 +123,7 @@ class Journal:
         self,
         app: ASGIApp,  # what is watched
         metrics: Metrics,  # where it is counted
-        paths: frozenset[str] = frozenset(),  # addresses that are counted by name
+        paths: Set[str] = frozenset(),  # addresses that are counted by name, or as /a/{any}
         write: Callable[[dict[str, Any]], None] = _say,  # gets each line
         spans: Spans | None = None,  # of requests; None sends none
     ):
@@ -112,23 +135,23 @@ class Journal:
             return await self.app(scope, receive, send)
         record: dict[str, Any] = {"stages": {}}
         scope["state"] = scope.get("state", {}) | {"record": record}
-        started, reply = time.perf_counter(), _Reply(send)
+        started, reply = time.perf_counter(), _Reply(receive, send)
         try:
-            await self.app(scope, receive, reply)
+            await self.app(scope, reply.receive, reply.send)
         finally:
             self._note(scope, reply, record, time.perf_counter() - started)
 
     def _note(self, scope: Scope, reply: _Reply, record: dict[str, Any], seconds: float) -> None:
-        path = scope["path"] if scope["path"] in self.paths else "other"
+        path = _known(scope, self.paths)
         _series(self.metrics.requests, path, reply.status).inc()
         _series(self.metrics.seconds, path).observe(seconds)
         for stage, spent in (stages := record.pop("stages")).items():
             _series(self.metrics.stages, stage).observe(spent)
-        code = {"code": reply.code} if reply.code else {}
-        facts = {"request_id": reply.headers.get("x-request-id", "")} | record | code
+        end = ({"code": reply.code} if reply.code else {}) | ({"cut": True} if reply.cut else {})
+        facts = {"request_id": reply.headers.get("x-request-id", "")} | record | end
         name = f"{scope['method']} {path}"
         place = self.spans.note(name, seconds, find_trace(Headers(scope=scope)), facts | {
             "http.request.method": scope["method"], "url.path": scope["path"],
             "http.response.status_code": reply.status}, stages)
         spent_ms = {"stages_ms": {stage: round(1000 * s, 3) for stage, s in stages.items()}} if stages else {}
-        self.write(_line(scope, name, reply.status, seconds) | facts | spent_ms | log_members(place))
+        self.write(_line(scope, name, reply, seconds) | facts | spent_ms | log_members(place))

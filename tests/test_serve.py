@@ -281,6 +281,53 @@ def test_journal_has_a_line_for_each_request(start, bundle, plain):
     assert not re.search("secret|me.png|notes", text)
 
 
+def journal_line(server, path):
+    """Wait for a request's line in a service's journal."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        lines = map(json.loads, server.log.with_name("journal.txt").read_text().splitlines())
+        if line := next((line for line in lines if line["httpRequest"]["requestUrl"] == path), None):
+            return line
+        time.sleep(0.02)
+    raise AssertionError(f"there is no line for {path}")
+
+
+def leave(server, path, body, size, taken):
+    """Send a request, read the first bytes of its answer, and go; return the request's line in the journal."""
+    where = httpx.URL(server.url)
+    with socket.create_connection((where.host, where.port)) as client:
+        head = f"POST {path} HTTP/1.1\r\nHost: {where.host}\r\nContent-Length: {size}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        assert len(client.recv(taken)) == taken
+    return journal_line(server, path)
+
+
+def test_journal_says_when_nobody_listened(start, bundle):
+    """A client that leaves in its upload has a status of its own; an answer that is cut says so."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for index in range(20_000):
+            archive.writestr(f"{index:0500}.png", b"bad")
+    rows = file.getvalue()
+    with start(bundle) as server:
+        half = leave(server, "/predict", b"half a picture", 100_000, 0)
+        cut = leave(server, "/predict/batch", rows, len(rows), 12)
+        numbers = httpx.get(f"{server.url}/metrics", trust_env=False).text
+    assert (half["message"], half["severity"]) == ("POST /predict 499", "WARNING")
+    assert (cut["message"], cut["severity"], cut["cut"]) == ("POST /predict/batch 200", "WARNING", True)
+    assert 'automl_cv_requests_total{code="499",path="/predict"} 1.0' in numbers
+
+
+def test_addresses_are_counted_by_their_templates(start, bundle):
+    with start(bundle, (*UVICORN, "--root-path", "/shop")) as server:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
+            name = client.get("/model").json()["name"]
+            assert client.get(f"/v2/models/{name}/ready").json()["ready"]
+            numbers = client.get("/metrics").text
+    assert 'automl_cv_requests_total{code="200",path="/model"} 1.0' in numbers
+    assert 'automl_cv_requests_total{code="200",path="/v2/models/{name}/ready"} 1.0' in numbers
+
+
 def test_full_log_disk_fails_no_request(start, bundle, tmp_path):
     (tmp_path / "journal.txt").symlink_to("/dev/full")
     with start(bundle) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
