@@ -71,16 +71,16 @@ def table_columns(
 
 # %% ../nbs/04d_batch.ipynb #d920e7cc
 def prediction_row(
-    path: Path,  # of the picture
+    name: str,  # of the picture, as it was given
     answer: Prediction | AutomlError,  # what the bundle said
     classes: int,  # how many the bundle has
 ) -> list[str]:  # a cell for each of `table_columns`
     """Put an answer into a row."""
     if isinstance(answer, AutomlError):
-        return [safe_cell(str(path)), *[""] * (2 + classes), answer.code]
+        return [safe_cell(name), *[""] * (2 + classes), answer.code]
     label = answer.label if answer.labels is None else SEPARATOR.join(answer.labels)
     shares = (f"{share:.6f}" for share in answer.probabilities)
-    return [safe_cell(str(path)), safe_cell(label), f"{answer.confidence:.6f}", *shares, ""]
+    return [safe_cell(name), safe_cell(label), f"{answer.confidence:.6f}", *shares, ""]
 
 # %% ../nbs/04d_batch.ipynb #302d5f70
 def walk(
@@ -191,7 +191,7 @@ def write_table(
         if not size:
             _append(file, [header])
         answers = track(predict_files(predictor, files[kept:]), "predicting", len(files) - kept)
-        while block := [prediction_row(path, answer, len(predictor.classes))
+        while block := [prediction_row(str(path), answer, len(predictor.classes))
                         for path, answer in islice(answers, BLOCK)]:
             failed += _append(file, block)
             check_stop()
@@ -209,7 +209,7 @@ def print_table(
     failed, started, rows = 0, time.monotonic(), csv.writer(out, lineterminator="\n")
     rows.writerow(table_columns(predictor.classes))
     for path, answer in predict_files(predictor, files):
-        rows.writerow(prediction_row(path, answer, len(predictor.classes)))
+        rows.writerow(prediction_row(str(path), answer, len(predictor.classes)))
         failed += isinstance(answer, AutomlError)
         check_stop()
     return Tally(len(files), failed, 0, time.monotonic() - started)

@@ -128,4 +128,4 @@ def csv_row(
     classes: list[str],  # in their order
 ) -> str:  # a line with its end
     """Write a row as CSV: a probability for each class, or the code of an error."""
-    return _csv_line(prediction_row(Path(name), answer, len(classes)))
+    return _csv_line(prediction_row(name, answer, len(classes)))
