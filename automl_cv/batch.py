@@ -12,6 +12,7 @@ import fcntl
 import io
 import json
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,10 @@ from .sessions import cores
 # %% ../nbs/04d_batch.ipynb #cae64d04
 def _try(predictor: Predictor, path: Path) -> Prediction | AutomlError:
     try:
-        if path.stat().st_size > DATASET.max_bytes:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError
+        if found.st_size > DATASET.max_bytes:
             raise AutomlError("file_too_large", "The file is over 50 MB.")
         return predictor.predict(path.read_bytes(), DATASET)
     except OSError as error:
@@ -83,19 +87,30 @@ def prediction_row(
     return [safe_cell(name), safe_cell(label), f"{answer.confidence:.6f}", *shares, ""]
 
 # %% ../nbs/04d_batch.ipynb #302d5f70
+def _below(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    try:
+        found, paths = folder.stat(), sorted(folder.iterdir())
+    except OSError:
+        yield folder
+        return
+    place = found.st_dev, found.st_ino
+    known = (path for path in paths if place not in above and not is_system(prefix + path.name))
+    for path in known:
+        if os.path.isdir(path):
+            yield from _below(path, f"{prefix}{path.name}/", above | {place})
+        else:
+            yield path
+
+# %% ../nbs/04d_batch.ipynb #0169c854
 def walk(
     paths: list[Path],  # files and folders
 ) -> Iterator[Path]:  # files, in order
-    """Yield files, and what lies below folders but for leftovers of the system. Raises AutomlError."""
+    """Yield files, and all that lies below folders but leftovers of the system. Raises AutomlError."""
     for path in paths:
         if not path.exists():
             raise AutomlError("source_not_found", f"There is no file or folder {str(path)!r}.",
                               "Check the spelling.")
-        if path.is_file():
-            yield path
-        else:
-            found = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.is_symlink())
-            yield from (p for p in found if not is_system(p.relative_to(path).as_posix()))
+        yield from _below(path) if path.is_dir() else [path]
 
 # %% ../nbs/04d_batch.ipynb #fecabce1
 def draft_path(

@@ -126,3 +126,15 @@ def test_tables_of_other_tasks_are_no_pictures(bundle, pictures, tmp_path):
         assert start(bundle, folder, *words).wait(60) == 0
     found = [[Path(row["file"]).name for row in read(folder / f"a-{n}-of-2.csv")] for n in (1, 2)]
     assert found == [["00000.png", "00002.png"], ["00001.png", "00003.png"]]
+
+
+def test_links_have_rows(bundle, pictures, tmp_path):
+    """A link to a picture is one, and a link that leads nowhere is an error of its own."""
+    (folder := tmp_path / "links").mkdir()
+    (folder / "a.png").symlink_to(pictures / "00000.png")
+    (folder / "b.png").symlink_to("nowhere.png")
+    process = start(bundle, folder, "--csv", tmp_path / "a.csv")
+    assert "1 of 2 pictures classified" in process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+    found = [(Path(row["file"]).name, row["label"], row["error"]) for row in read(tmp_path / "a.csv")]
+    assert found == [("a.png", "red", ""), ("b.png", "", "source_not_found")]
