@@ -132,18 +132,23 @@ def find_kept(
     draft: Path,  # a table that a broken call left, or nothing
     header: list[str],  # its columns
     files: list[Path],  # what the table shall hold
+    predictor: Predictor,  # what fills it
 ) -> tuple[int, int, int]:  # pictures, errors among them, and bytes with the header
     """Find how much of a draft can be kept."""
     rows, errors, size, total = -1, 0, 0, draft.stat().st_size if draft.exists() else 0
-    wanted = chain([header[0]], (safe_cell(str(path)) for path in files))
+    wanted = chain([Path(header[0])], files)
     if not total:
         return 0, 0, 0
     with draft.open(newline="", encoding="utf-8", errors="replace") as lines:
-        for row, name in zip(csv.reader(lines), wanted):
-            end = size + len(_encode([row]))
-            if len(row) != len(header) or row[0] != name or end > total or (not size and row != header):
+        for row, path in zip(csv.reader(lines), wanted):
+            end, failed = size + len(_encode([row])), bool(size and row[-1])
+            whole = len(row) == len(header) and row[0] == safe_cell(str(path)) and end <= total
+            if not whole or (not size and row != header):
                 break
-            rows, errors, size = rows + 1, errors + bool(size and row[-1]), end
+            check_stop()
+            if failed and isinstance(_try(predictor, path), Prediction):
+                break
+            rows, errors, size = rows + 1, errors + failed, end
     return max(rows, 0), errors, size
 
 # %% ../nbs/04d_batch.ipynb #cb9b5825
@@ -201,7 +206,7 @@ def write_table(
     """Classify files into a table, going on where an earlier call broke. Raises AutomlError interrupted."""
     header, draft, started = table_columns(predictor.classes), draft_path(table, predictor), time.monotonic()
     with _alone(draft) as file:
-        kept, failed, size = find_kept(draft, header, files)
+        kept, failed, size = find_kept(draft, header, files, predictor)
         file.truncate(size)
         if not size:
             _append(file, [header])
