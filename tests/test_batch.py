@@ -138,3 +138,23 @@ def test_links_have_rows(bundle, pictures, tmp_path):
     assert process.returncode == 0
     found = [(Path(row["file"]).name, row["label"], row["error"]) for row in read(tmp_path / "a.csv")]
     assert found == [("a.png", "red", ""), ("b.png", "", "source_not_found")]
+
+
+def test_reader_that_leaves_is_no_error(bundle, pictures):
+    """`automl-cv predict ... | head` ends like other programs whose pipe is closed."""
+    code = "from automl_cv.cli import main; main()"
+    command = [sys.executable, "-c", code, "predict", str(bundle), *[str(pictures)] * 3]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "file,label,confidence,red,green,blue,error\n"
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 141)
+
+
+def test_table_behind_a_link_and_no_file(bundle, pictures, tmp_path):
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    picture = pictures / "00000.png"
+    assert start(bundle, picture, "--csv", tmp_path / "link.csv").wait(60) == 0
+    assert (tmp_path / "link.csv").is_symlink() and len(read(tmp_path / "real.csv")) == 1
+    refused = start(bundle, picture, "--csv", "/dev/stdout")
+    assert "/dev/stdout is not a file. Without one, rows are printed. [wrong_parameter_type]" in refused.stderr.read()
+    assert refused.wait(60) == 2
