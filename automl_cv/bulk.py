@@ -10,10 +10,8 @@ import asyncio
 import csv
 import io
 import json
-import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from .archives import MAX_ENTRIES, open_zip
@@ -26,7 +24,7 @@ from .web import LOG
 
 # %% ../nbs/05db_bulk.ipynb #56fca772
 ZIP = (b"PK\3\4", b"PK\5\6")  # a local file header, and the end record of an empty archive
-MAX_ZIPS = 20  # in one request: each stays open until it is answered
+MAX_ZIPS = 20  # in one request: their directories are in memory until it is answered
 
 # %% ../nbs/05db_bulk.ipynb #6b9b7cab
 class Upload(NamedTuple):
@@ -40,13 +38,9 @@ def _no_file() -> bytes:
                       "Pack the file itself.")
 
 # %% ../nbs/05db_bulk.ipynb #e0f049ed
-def _unzip(content: memoryview) -> list[Upload]:
-    with tempfile.NamedTemporaryFile(suffix=".zip") as copy:  # the entries keep it open when its name is gone
-        copy.write(content)
-        copy.flush()
-        items = open_zip(Path(copy.name))
+def _unzip(name: str, content: memoryview) -> list[Upload]:
     return [Upload(item.name, _no_file if item.status else item.read)
-            for item in items if item.reason != "system_file"]
+            for item in open_zip(content, name) if item.reason != "system_file"]
 
 # %% ../nbs/05db_bulk.ipynb #ed52a3a5
 def list_uploads(
@@ -58,7 +52,7 @@ def list_uploads(
     for name, content in files:
         part = content[:UPLOAD.max_bytes + 1]  # as much as shows that it is too much
         packed = content[:4] in ZIP
-        found += _unzip(content) if packed else [Upload(name, part.tobytes)]
+        found += _unzip(name, content) if packed else [Upload(name, part.tobytes)]
         zips += packed
         if zips > MAX_ZIPS or len(found) > MAX_ENTRIES:
             what = f"over {MAX_ZIPS} archives or {MAX_ENTRIES} files"
