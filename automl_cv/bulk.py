@@ -39,8 +39,11 @@ def _no_file() -> bytes:
 
 # %% ../nbs/05db_bulk.ipynb #e0f049ed
 def _unzip(name: str, content: memoryview) -> list[Upload]:
-    return [Upload(item.name, _no_file if item.status else item.read)
-            for item in open_zip(content, name) if item.reason != "system_file"]
+    items = [item for item in open_zip(content, name) if item.reason != "system_file"]
+    if not items:
+        what = "no files but a system's leftovers"
+        raise AutomlError("empty_archive", f"{name} holds {what}.", "Pack pictures.")
+    return [Upload(item.name, _no_file if item.status else item.read) for item in items]
 
 # %% ../nbs/05db_bulk.ipynb #ed52a3a5
 def list_uploads(

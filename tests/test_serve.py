@@ -392,6 +392,17 @@ def test_batch_of_a_zip(client, plain):
     assert {row["label"] for row in rows if "label" in row} == {"green"}
 
 
+def test_archives_that_cannot_be_used_are_named(client):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("__MACOSX/._a.jpg", b"x")
+    for content, status, code, detail in (
+            (b"PK\3\4junk", 400, "bad_archive", "mine.zip is not a readable zip or tar archive. Pack it again."),
+            (file.getvalue(), 422, "empty_archive", "mine.zip holds no files but a system's leftovers. Pack pictures.")):
+        reply = client.post("/predict/batch", files={"files": ("mine.zip", content)})
+        assert (reply.status_code, reply.json()["code"], reply.json()["detail"]) == (status, code, detail)
+
+
 def test_full_disk_is_said(start, bundle, plain):
     """A batch for which the disk has no room is told so, and a smaller one is answered."""
     code = ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)); "
