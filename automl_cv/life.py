@@ -153,4 +153,8 @@ class Closing:
                 MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
-        await self.app(scope, receive, closing)
+        try:
+            await self.app(scope, receive, closing)
+        except asyncio.CancelledError:
+            if not self.state.leaving:  # else an answer is cut, which its line in the journal says
+                raise

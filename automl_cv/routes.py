@@ -25,7 +25,7 @@ from .bodies import MAX_BATCH, many_files, one_body
 from .bulk import Upload, answer_uploads, csv_head, csv_row, json_row, list_uploads
 from .core import AutomlError
 from .front import check_ready, extras
-from .life import loaded
+from .life import loaded, until_left
 from .predict import Prediction, Predictor
 from .protocol import MAX_JSON, OUTPUTS, describe_tensors, infer
 from .web import failures, success
@@ -187,8 +187,9 @@ async def v2_infer(
 ) -> JSONResponse:  # an inference response
     """Answer an inference request."""
     predictor, state = _named(request.app, name), request.app.state
-    async with one_body(request, state.pool, MAX_JSON) as body:
-        answer, found = await state.pool.run(infer, predictor, body, receive=request.receive)
+    with until_left(request.app):
+        async with one_body(request, state.pool, MAX_JSON) as body:
+            answer, found = await state.pool.run(infer, predictor, body, receive=request.receive)
     for one in found:
         state.metrics.count(one, predictor.version)
     state.metrics.batch.observe(len(found))
