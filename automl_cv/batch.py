@@ -88,19 +88,17 @@ def prediction_row(
     return [safe_cell(name), safe_cell(label), f"{answer.confidence:.6f}", *shares, ""]
 
 # %% ../nbs/04d_batch.ipynb #302d5f70
-def _below(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+def _below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     try:
         found, paths = folder.stat(), sorted(folder.iterdir())
     except OSError:
         yield folder
         return
     place = found.st_dev, found.st_ino
-    known = (path for path in paths if place not in above and not is_system(prefix + path.name))
-    for path in known:
-        if os.path.isdir(path):
-            yield from _below(path, f"{prefix}{path.name}/", above | {place})
-        else:
-            yield path
+    if place in above:  # a circle: its files have their rows
+        return
+    for path in (path for path in paths if not is_system(path.name)):
+        yield from _below(path, above | {place}) if os.path.isdir(path) else [path]
 
 # %% ../nbs/04d_batch.ipynb #0169c854
 def walk(

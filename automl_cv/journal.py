@@ -87,14 +87,14 @@ class _Reply:
         return message
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.cut, self.headers = True, Headers(raw=message["headers"])
+        begins = message["type"] == "http.response.start"
+        if begins:
             self.status = 499 if self.gone else message["status"]
-        else:
-            self.cut = message.get("more_body", False)
-            if self.headers.get("content-type") == PROBLEM and message.get("body"):
-                self.code = json.loads(message["body"])["code"]
+            self.headers = Headers(raw=message["headers"])
+        elif self.headers.get("content-type") == PROBLEM and message.get("body"):
+            self.code = json.loads(message["body"])["code"]
         await self.give(message)
+        self.cut = begins or message.get("more_body", False)  # until the last part is sent
 
 # %% ../nbs/05d_journal.ipynb #bd0a8b64
 def _line(scope: Scope, name: str, reply: _Reply, seconds: float) -> dict[str, Any]:
