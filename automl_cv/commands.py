@@ -110,8 +110,8 @@ def classify_files(
         _refuse_addresses(paths)
         table = csv and part_name(csv, task, tasks)
         predictor = Predictor(find_bundle(bundle))
-        own = {part_name(csv, number, tasks).resolve() for number in range(tasks)} if csv else set()
-        files = [path for path in walk(paths) if path.resolve() not in own][task::tasks]
+        own = {os.path.realpath(part_name(csv, number, tasks)) for number in range(tasks)} if csv else set()
+        files = [path for path in walk(paths) if os.path.realpath(path) not in own][task::tasks]
         tally = write_table(predictor, files, table) if table else print_table(predictor, files, sys.stdout)
         print(tally.line(), file=sys.stderr)
         if tally.failed == tally.pictures and (files or tasks == 1):  # a share may be empty
