@@ -133,11 +133,12 @@ def test_links_have_rows(bundle, pictures, tmp_path):
     (folder := tmp_path / "links").mkdir()
     (folder / "a.png").symlink_to(pictures / "00000.png")
     (folder / "b.png").symlink_to("nowhere.png")
+    (folder / "c.png").symlink_to("c.png")
     process = start(bundle, folder, "--csv", tmp_path / "a.csv")
-    assert "1 of 2 pictures classified" in process.communicate(timeout=60)[1]
+    assert "1 of 3 pictures classified" in process.communicate(timeout=60)[1]
     assert process.returncode == 0
     found = [(Path(row["file"]).name, row["label"], row["error"]) for row in read(tmp_path / "a.csv")]
-    assert found == [("a.png", "red", ""), ("b.png", "", "source_not_found")]
+    assert found == [("a.png", "red", ""), ("b.png", "", "source_not_found"), ("c.png", "", "source_not_found")]
 
 
 def test_reader_that_leaves_is_no_error(bundle, pictures):
