@@ -52,21 +52,27 @@ class Guest(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to wait for the first request."""
         super().connection_made(transport)
-        self.head, self.impatience = 0, self.loop.call_later(HEAD_SECONDS, transport.close)
+        self.head, self.has_body = 0, False  # bytes of a head so far; whether its body is on its way
+        self.impatience = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless a head has no end."""
         if self.head > HEAD_BYTES:
             return self.send_400_response("The head of the request is too long.")
-        if self.cycle is None or self.cycle.response_complete:
+        if not self.has_body:
             self.head += len(data)
         super().data_received(data)
 
     def on_headers_complete(self) -> None:
         """Begin to answer."""
-        self.head = 0
+        self.head, self.has_body = 0, True
         self.impatience.cancel()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Look for the next head."""
+        self.has_body = False
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
