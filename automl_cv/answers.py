@@ -19,7 +19,7 @@ import seaborn
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support
 
-from .core import check_stop, track
+from .core import AutomlError, check_stop, hash_bytes, track
 from .items import Item
 from .pixels import DATASET
 from .predict import Prediction, Predictor, cores
@@ -63,18 +63,24 @@ class Answers:
 def answer_rows(
     predictor: Predictor,  # a loaded bundle
     source: str,  # as given to step 1
-    rows: pd.DataFrame,  # manifest rows with `path`
+    rows: pd.DataFrame,  # manifest rows with `path` and `sha256`
     targets: np.ndarray,  # int64 [N], the true classes; or float32 [N, C] of the true labels
 ) -> Answers:
-    """Send the bytes of manifest rows through a bundle, on all cores."""
+    """Send the bytes of manifest rows through a bundle, on all cores. Raises AutomlError source_changed."""
     known = open_source(source).by_name()
+    gone = [path for path in rows.path if path not in known]
+    if gone:
+        raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", "Run step 1 again.")
     items = [known[path] for path in rows.path]
 
-    def ask(item: Item) -> Prediction:
+    def ask(item: Item, sha256: str) -> Prediction:
         check_stop()
-        return predictor.predict(item.read(), DATASET)
+        if hash_bytes(data := item.read()) != sha256:
+            raise AutomlError("source_changed", f"{item.name} changed after it was read.",
+                              "Run step 1 again.")
+        return predictor.predict(data, DATASET)
     with ThreadPoolExecutor(cores()) as pool:
-        found = list(track(pool.map(ask, items), "predicting", len(items)))
+        found = list(track(pool.map(ask, items, rows.sha256), "predicting", len(items)))
     doubts = None if found[0].uncertain is None else np.array([answer.reason for answer in found])
     return Answers(predictor.classes, targets, np.stack([answer.probabilities for answer in found]), items,
                    predictor.task, predictor.thresholds, doubts)
