@@ -18,7 +18,7 @@ from .engines import extract_features
 from .export import export_bundle, onnx_logits, parity, torch_logits
 from .learner import Config
 from .models import Classifier
-from .outliers import Outliers, fit_outliers
+from .outliers import Outliers, fit_outliers, promised_rate
 from .scores import JUDGES
 from .transforms import make_policy
 from .zoo import find_backbone
@@ -34,6 +34,7 @@ class Shipment:
     target_accuracy: float = 0.99  # of the answers that the model does not abstain from
     name: str = "automl_cv"  # of the registered model
     train: Images | None = None  # training pictures, to know the unlike ones by; None for no such knowledge
+    unseen: Images | None = None  # others, to set the alarm by; None for a network trained on none
 
 # %% ../nbs/01i_bundles.ipynb #117a1fb1
 KNOWN = 500  # training pictures are enough to tell what is unlike them; more cost time at each bundle
@@ -43,10 +44,13 @@ def learn_outliers(
     model: Classifier,  # trained, on the CPU
     images: Images,  # training pictures
     size: int,  # side of the network's input, pixels
+    unseen: Images | None = None,  # other pictures; None for a network that was trained on none
 ) -> tuple[Outliers, float]:  # and the score above which a picture is unlike the training pictures
     """Measure where a network's features of training pictures lie."""
-    some = images.sample(KNOWN)
-    return fit_outliers(extract_features(model, some.at(size), "onnxruntime"), some.targets)
+    known, others = images.sample(KNOWN), unseen and unseen.sample(KNOWN)
+    features, asked = (some and extract_features(model, some.at(size), "onnxruntime")
+                       for some in (known, others))
+    return fit_outliers(features, known.targets, asked)
 
 # %% ../nbs/01i_bundles.ipynb #cdd43e45
 def write_bundle(
@@ -66,7 +70,11 @@ def write_bundle(
     calibration = JUDGES[config.task].calibrate(shipment.logits, shipment.targets, shipment.target_accuracy)
     policy = make_policy(config.transforms, config.size)
     enough = shipment.train and len(shipment.train) > 2  # else there is no spread to learn
-    outliers = learn_outliers(model.eval(), shipment.train, config.size) if enough else None
+    outliers = None
+    if enough:
+        outliers = learn_outliers(model.eval(), shipment.train, config.size, shipment.unseen)
+        asked = min(KNOWN, len(shipment.unseen or shipment.train))
+        calibration["thresholds"] |= {"ood_rate": promised_rate(asked)}
     info = export_bundle(model, folder, data["classes"], policy, facts, calibration, config.task, outliers)
     check_bundle(folder, model, config)
     return info

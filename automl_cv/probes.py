@@ -119,8 +119,9 @@ def offer_model(
     candidate: Candidate,  # to be written into the leaderboard
 ) -> bool:  # whether it is the champion now
     """Offer a network as the run's bundle."""
-    shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name,
-                        track.images("train", config.size, KNOWN))
+    known = [track.images(split, config.size, KNOWN)
+             for split in ("train", "validation")[:1 + (candidate.epochs > 0)]]  # a frozen one has seen none
+    shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name, *known)
     def write(folder: Path) -> dict[str, Any]:
         return write_bundle(track.run, copy.deepcopy(model).cpu(), config, folder, shipment)
     return offer(track.run, replace(candidate, figures=answers[0]), write, terms.limits)
