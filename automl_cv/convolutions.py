@@ -41,6 +41,8 @@ def fold_norms(
     network: nn.Module,  # takes uint8 [N, S, S, 3]; changed in place: other weights, the same answers
 ) -> int:  # norms folded; 0 where the answers would change
     """Move the factors of batch norms into the convolutions before them."""
+    if not any(_pairs(network)):
+        return 0  # a transformer, that would not take the noise's size either
     folded = copy.deepcopy(network).eval()
     for pair in _pairs(folded):
         _fold(*pair)

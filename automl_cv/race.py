@@ -35,10 +35,11 @@ def useful_sizes(
     side: int,  # of a usual picture's shorter side, pixels
     wanted: int = 0,  # by the user; 0 for no wish
 ) -> list[int]:  # at least one, pixels
-    """Choose a backbone's sizes that pictures can fill, or the wanted one where the backbone takes it."""
-    sizes = sorted(find_backbone(backbone).sizes)
-    if wanted:
-        return [wanted] if len(sizes) > 1 or wanted in sizes else sizes
+    """Choose a backbone's sizes that pictures can fill, or the nearest to the wanted one that it takes."""
+    entry = find_backbone(backbone)
+    sizes = sorted(entry.sizes)
+    if wanted and len(sizes) > 1:
+        return [entry.multiple * max(1, round(wanted / entry.multiple))]
     return [size for size in sizes if size <= 2 * side] or sizes[:1]
 
 # %% ../nbs/01j_race.ipynb #737e6d3e

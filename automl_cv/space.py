@@ -17,6 +17,7 @@ from .baseline import original_config, standard_config
 from .core import look_up
 from .learner import Config
 from .tasks import TASKS
+from .zoo import find_backbone
 
 # %% ../nbs/02c_space.ipynb #734358eb
 ADAM_LR, SGD_FACTOR = (1e-4, 1e-2), 30.0  # range of the peak learning rate; SGD's for the same effect
@@ -37,9 +38,10 @@ def is_imbalanced(
 # %% ../nbs/02c_space.ipynb #b0f911bf
 def small_size(
     size: int,  # side of the network's input, pixels
+    backbone: str = "resnet18",  # a key of zoo.ZOO
 ) -> int:  # 0 where there is nothing smaller worth trying
     """Choose the side that a training may start with: about two thirds."""
-    return 32 * round(size / 48) if size >= 96 else 0
+    return 32 * round(size / 48) if size >= 96 and 32 % find_backbone(backbone).multiple == 0 else 0
 
 # %% ../nbs/02c_space.ipynb #05a5f9fe
 def _suggest_standard(trial: Trial, base: Config, max_epochs: int, imbalanced: bool) -> Config:
@@ -54,7 +56,7 @@ def _suggest_standard(trial: Trial, base: Config, max_epochs: int, imbalanced: b
     if base.pretrained:
         config = replace(config, layer_decay=trial.suggest_float("layer_decay", 0.5, 1.0),
                          norm=trial.suggest_categorical("norm", ["frozen", "batch"]))
-    if small := small_size(base.size):
+    if small := small_size(base.size, base.backbone):
         config = replace(config, start_size=trial.suggest_categorical("start_size", [0, small]))
     if imbalanced:
         config = replace(config, balance=trial.suggest_categorical("balance", BALANCES))

@@ -49,6 +49,7 @@ class Backbone:
     starts: str  # attribute paths of the modules that a new stage begins with, separated by spaces
     licence: str  # of the starting weights
     sizes: tuple[int, ...] = (128, 160, 192, 224)  # input sides worth trying, pixels
+    multiple: int = 1  # pixels; it takes sides that are multiples of this
 
 # %% ../nbs/01aa_zoo.ipynb #ee029cfa
 def _torchvision(name: str, version: int, *facts: Any, **others: Any) -> Backbone:
@@ -76,12 +77,12 @@ ZOO = {b.name: b for b in (
     _torchvision("regnet_y_400mf", 2, "fc", 0.4, 3.9,
                  "trunk_output.block1 trunk_output.block2 trunk_output.block3 trunk_output.block4"),
     _torchvision("convnext_tiny", 1, "classifier.2", 4.46, 27.8,
-                 "features.1 features.2 features.4 features.6"),
+                 "features.1 features.2 features.4 features.6", multiple=32),
     _torchvision("swin_t", 1, "head", 4.49, 27.5,
                  "features.1 features.2 features.4 features.6"),
     _torchvision("vit_b_16", 1, "heads.head", 17.56, 85.8,
                  "encoder.layers.encoder_layer_0 encoder.layers.encoder_layer_3 "
-                 "encoder.layers.encoder_layer_6 encoder.layers.encoder_layer_9", sizes=(224,)),
+                 "encoder.layers.encoder_layer_6 encoder.layers.encoder_layer_9", sizes=(224,), multiple=224),
 )}
 
 # %% ../nbs/01aa_zoo.ipynb #f0feae3f
@@ -117,7 +118,7 @@ ZOO |= {b.name: b for b in (
           "blocks.0 blocks.1 blocks.2 blocks.3", "Apache-2.0 (timm), trained on ImageNet-1k"),
     _timm("dinov2_s", "vit_small_patch14_dinov2.lvd142m", "head", 5.5, 22.1,
           "blocks.0 blocks.3 blocks.6 blocks.9", "Apache-2.0 (DINOv2 of Meta AI), trained on LVD-142M",
-          options={"dynamic_img_size": True}, sizes=(112, 140, 168, 224)),
+          options={"dynamic_img_size": True}, sizes=(112, 140, 168, 224), multiple=14),
 )}
 
 # %% ../nbs/01aa_zoo.ipynb #9c94db46

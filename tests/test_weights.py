@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from automl_cv.convolutions import fold_norms
 from automl_cv.models import Classifier, create_model, weights_trouble
+from automl_cv.race import useful_sizes
+from automl_cv.space import small_size
 from automl_cv.zoo import ZOO
 
 WEIGHTS = Path(__file__).parents[1].parent / "shared" / "weights"
@@ -58,6 +61,18 @@ def test_every_backbone_loads_a_file_runs_and_exports(name, monkeypatch, tmp_pat
         assert torch.equal(features, made.features(images))
     assert features.shape == (3, model.head.in_features)
     assert np.allclose(run_onnx(model, images), logits.numpy(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_b_16", "dinov2_s"])
+def test_a_backbone_takes_the_sizes_that_are_chosen_for_it(name):
+    if ZOO[name].source == "timm" and not find_spec("timm"):
+        pytest.skip("BACKBONES OF timm ARE NOT TESTED: the extra is absent")
+    model = create_model(name, 3, pretrained=False).eval()
+    assert (fold_norms(model) > 0) == (name == "resnet18")
+    wanted = [useful_sizes(name, 500, size)[0] for size in (16, 100, 160)]
+    for size in {*wanted, small_size(224, name) or max(ZOO[name].sizes)}:
+        with torch.inference_mode():
+            assert model(torch.zeros(1, size, size, 3, dtype=torch.uint8)).shape == (1, 3)
 
 
 def test_every_backbone_without_weights_gives_a_reason_at_once(monkeypatch, tmp_path):
