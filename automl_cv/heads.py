@@ -54,7 +54,8 @@ class KnnHead:
         features: np.ndarray,  # float [N, D]
     ) -> np.ndarray:  # float32 [N, C]
         """Score features."""
-        return vote(self, torch.tensor(np.asarray(features, np.float32))).numpy()
+        parts = torch.tensor(np.asarray(features, np.float32)).split(1024)  # all similarities need much memory
+        return torch.cat([vote(self, part) for part in parts]).numpy()
 
 # %% ../nbs/01ca_heads.ipynb #92201c59
 def vote(
@@ -67,7 +68,7 @@ def vote(
     force = torch.exp((near.values - near.values[:, :1]) / 0.07)
     if head.neighbours < count:
         force = force - force[:, -1:]
-    votes = (force[..., None] * head.votes[near.indices]).sum(1)
+    votes = (force[:, None] @ head.votes[near.indices])[:, 0]
     shares = (votes + head.prior) / (force.sum(1, keepdim=True) + 1)
     return torch.log(shares) if head.exclusive else torch.log(shares) - torch.log1p(-shares)
 
