@@ -54,7 +54,7 @@ class KnnHead:
         features: np.ndarray,  # float [N, D]
     ) -> np.ndarray:  # float32 [N, C]
         """Score features."""
-        parts = torch.tensor(np.asarray(features, np.float32)).split(1024)  # all similarities need much memory
+        parts = torch.tensor(np.asarray(features, np.float32)).split(1024)  # similarities fill memory
         return torch.cat([vote(self, part) for part in parts]).numpy()
 
 # %% ../nbs/01ca_heads.ipynb #92201c59
