@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from .core import AutomlError
+from .core import AutomlError, say
 from .items import split_labels
 from .twins import join_groups
 
@@ -73,6 +73,16 @@ def _indices(labels: pd.Series, task: str) -> list[list[int]]:
     return [[order.setdefault(part, len(order)) for part in split_labels(label, task)] for label in labels]
 
 # %% ../nbs/00n_splits.ipynb #2bef951a
+def _too_few(names: set[str], lacking: int) -> AutomlError:
+    if names and lacking > 0:
+        return AutomlError("too_few_images",
+                           f"Whole groups stay on one side, and the table has too few of them, like "
+                           f"{min(names)!r}, for training, validation and test.",
+                           "Rename the column (group, patient, subject or camera), or name one by --group.")
+    return AutomlError("too_few_images", "There are too few pictures for training, validation and test.",
+                       "Give each class at least four pictures, better thirty.")
+
+# %% ../nbs/00n_splits.ipynb #6a8b69b3
 def split_rows(
     manifest: pd.DataFrame,  # one row per file, with `group` and `twin`
     validation: float,  # share of the training pictures, above 0, below 1
@@ -93,8 +103,7 @@ def split_rows(
     manifest.loc[rows.index, "split"] = [["train", *missing][part] for part in parts]
     manifest.loc[manifest.status != "used", "split"] = ""
     if not {"train", "validation", "test"} <= set(manifest.split):
-        raise AutomlError("too_few_images", "There are too few pictures for training, validation and test.",
-                          "Give each class at least four pictures, better thirty.")
+        raise _too_few(set(rows.group) - {""}, 1 + len(missing) - len(set(groups)))
     return manifest
 
 # %% ../nbs/00n_splits.ipynb #774d2014
@@ -106,8 +115,11 @@ def assign_folds(
 ) -> pd.Series:  # int64, 0 to folds - 1 for training and validation pictures, -1 for all other rows
     """Share the training and validation pictures out into folds."""
     rows = manifest[(manifest.status == "used") & manifest.split.isin(["train", "validation"])]
-    parts = stratify(_indices(rows.label, task), join_groups(rows.group, rows.twin), [1 / folds] * folds,
-                     seed=seed)
+    groups = join_groups(rows.group, rows.twin)
+    if len(set(groups)) == 1:
+        say(f"WARNING: All training pictures are of one group, {rows.group.iloc[0]!r}: folds ignore it.")
+        groups = join_groups(rows.twin)
+    parts = stratify(_indices(rows.label, task), groups, [1 / folds] * folds, seed=seed)
     found = pd.Series(-1, manifest.index, dtype=np.int64)
     found[rows.index] = parts
     return found
