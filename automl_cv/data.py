@@ -20,7 +20,8 @@ import pandas as pd
 from .audit import Finding, audit
 from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
 from .core import AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say
-from .fixes import apply_fixes, apply_review, findings_table, read_review, write_review
+from .fixes import (apply_fixes, apply_review, findings_table, read_kinds, read_review,
+                             write_review)
 from .items import Source, split_labels
 from .remote import is_address
 from .report import write_report
@@ -144,7 +145,7 @@ def decide(
     review: str,  # the path of a review.csv, or ""
 ) -> tuple[pd.DataFrame, list[Finding], int]:  # with `twin`; the findings; pictures moved to one side
     """Apply decisions and find what is left to decide. Raises AutomlError unknown_parameter."""
-    kinds = [kind.strip() for kind in fix.split(",") if kind.strip()]
+    kinds = read_kinds(fix)
     manifest = set_copies_aside(manifest, kinds)
     if review:
         manifest = apply_review(manifest, read_review(Path(review)), source.task)
