@@ -35,6 +35,7 @@ class Shipment:
     name: str = "automl_cv"  # of the registered model
     train: Images | None = None  # training pictures, to know the unlike ones by; None for no such knowledge
     unseen: Images | None = None  # others, to set the alarm by; None for a network trained on none
+    pictures: int = 0  # of the training split that it learned from; 0 for all
 
 # %% ../nbs/01i_bundles.ipynb #117a1fb1
 KNOWN = 500  # training pictures are enough to tell what is unlike them; more cost time at each bundle
@@ -63,10 +64,14 @@ def write_bundle(
     """Export a network with everything that a server needs. Raises AutomlError bundle_damaged."""
     data = run.read("data")
     licence = find_backbone(config.backbone).licence if model.pretrained else "none: trained from scratch"
+    total = data["splits"]["train"]
+    images = min(shipment.pictures or total, total)
+    if "folds" in shipment.figures:  # they share out all that it learned from
+        images = shipment.figures["images"]
     facts = {"name": shipment.name, "backbone": config.backbone, "pretrained": model.pretrained,
              "origin": model.origin, "licence": licence, "config": config.as_dict(),
              "candidate": shipment.candidate, "validation": shipment.figures,
-             "data": {"images": data["splits"]["train"], "fingerprint": data["fingerprint"]}}
+             "data": {"images": images, "fingerprint": data["fingerprint"]}}
     calibration = JUDGES[config.task].calibrate(shipment.logits, shipment.targets, shipment.target_accuracy)
     policy = make_policy(config.transforms, config.size)
     enough = shipment.train and len(shipment.train) > 2  # else there is no spread to learn

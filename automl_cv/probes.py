@@ -117,11 +117,13 @@ def offer_model(
     answers: Answers,
     terms: Terms,  # what may ship
     candidate: Candidate,  # to be written into the leaderboard
+    pictures: int = 0,  # of the training split that it learned from; 0 for all
 ) -> bool:  # whether it is the champion now
     """Offer a network as the run's bundle."""
     known = [track.images(split, config.size, KNOWN)
              for split in ("train", "validation")[:1 + (candidate.epochs > 0)]]  # a frozen one has seen none
-    shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name, *known)
+    shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name, *known,
+                        pictures=pictures)
     def write(folder: Path) -> dict[str, Any]:
         return write_bundle(track.run, copy.deepcopy(model).cpu(), config, folder, shipment)
     return offer(track.run, replace(candidate, figures=answers[0]), write, terms.limits)
@@ -149,7 +151,7 @@ def first_model(
     entrant = Entrant(config.backbone, config.size, figures=answers[0], pictures=count,
                       seconds=time.monotonic() - started)
     offer_model(track, config, with_head(model, head), answers, terms,
-                replace(entrant.candidate(), name=f"{entrant.name} first probe"))
+                replace(entrant.candidate(), name=f"{entrant.name} first probe"), count)
     return entrant
 
 # %% ../nbs/01k_probes.ipynb #47faceaf
@@ -208,7 +210,7 @@ def _offer_head(track: Track, config: Config, model: Classifier, terms: Terms, n
     backbone = f"{config.backbone} + flip" if found.config.banks == VIEWS else config.backbone  # its own cost
     candidate = Candidate(f"{config.backbone} {config.size} {name}", "head", backbone, config.size,
                           seconds=time.monotonic() - started)
-    offer_model(track, config, with_head(model, found.head), found.answers, terms, candidate)
+    offer_model(track, config, with_head(model, found.head), found.answers, terms, candidate, count)
     return found
 
 
