@@ -131,6 +131,9 @@ def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], 
     found[0] = replace(found[0], figures=head["figures"], pictures=head["train_images"] or total)
     result = {"split": "validation", "entrants": [asdict(entrant) for entrant in found],
               "pretrained": head["pretrained"], "origin": head["origin"], "history": []}
+    kept = {name: getattr(config, name) for name in
+            ("task", "transforms", "size", "epochs", "batch_size", "seed")}
+    config = standard_config(config.backbone, head["pretrained"], is_small(track.run), **kept)
     if config.epochs:
         training = _fine_tune(track, config, record)
         asked = track.images("validation", config.size).targets

@@ -173,18 +173,15 @@ def plan_train(
     plan: Plan,  # for the time that is left
     left: float,  # seconds for the training; infinite without a budget
     plain: bool = False,  # a pretrained network whose pictures are cropped and mirrored only
-    few: bool = False,  # pictures, for which nothing was tuned
 ) -> dict[str, Any]:  # the step's parameters
-    """Choose the final training's parameters: the epochs that fit, or the tuned ones without a limit."""
+    """Choose the final training's parameters: the planned epochs, or what the time allows."""
     mixed = plain and plan.scope == "all" and plan.epochs >= LONG
-    chosen = _choice(request) | {"epochs": request.epochs, "int8": request.int8}
+    chosen = _choice(request) | {"epochs": plan.epochs, "scope": plan.scope, "int8": request.int8}
     chosen |= {"augmentation": "cutmix"} if mixed else {}
-    if not request.seconds and not few:
+    if not request.seconds:
         return chosen
     epochs = request.epochs or 2 * plan.epochs  # the time ends it; a machine that was busy gets faster
-    if not request.seconds:
-        return chosen | {"epochs": epochs, "scope": plan.scope}
-    return chosen | {"epochs": epochs, "scope": plan.scope, "seconds": round(max(0.1, left), 1)}
+    return chosen | {"epochs": epochs, "seconds": round(max(0.1, left), 1)}
 
 # %% ../nbs/07_pipeline.ipynb #60c13b38
 def show_plan(
@@ -216,16 +213,19 @@ def replan(
     trials: int,  # wanted from now on
 ) -> tuple[Plan, float, list[dict[str, Any]]]:  # the plan; seconds for search and training; the table
     """Plan the rest of the time from what the race measured."""
-    baseline, splits = run.read("baseline"), run.read("data")["splits"]
-    entrants = [Entrant(**entry) for entry in baseline["entrants"]]
-    tuned = run.read("tune", {}).get("config", {})  # is trained, whoever would win by now
+    baseline, splits, search = run.read("baseline"), run.read("data")["splits"], run.read("tune", {})
+    entrants, pretrained = [Entrant(**entry) for entry in baseline["entrants"]], baseline["pretrained"]
+    tuned = search.get("config", {})  # is trained, whoever would win by now
     same = [e for e in entrants if (e.backbone, e.size) == (tuned.get("backbone"), tuned.get("size"))]
     entrants = same or entrants
     pictures, few = splits["test"] + splits["validation"] / 2, _lets_folds_judge(request, run)
     rest = max(0.0, left - reserve(pictures, max(entrant.forward for entrant in entrants)))
-    seen = 4 * (splits["train"] + splits["validation"]) if few else splits["train"]  # five folds, 4/5 each
-    args, pretrained = (entrants, max(1, seen), rest), baseline["pretrained"]
-    plan = make_plan(*args, 0 if few else trials, request.epochs, pretrained)
+    rounds = (4 if pretrained else 5) if is_small(run) else 0
+    seen = rounds * (splits["train"] + splits["validation"]) or splits["train"]
+    args, epochs = (entrants, max(1, seen), rest), request.epochs
+    if not (epochs or few or request.seconds):  # no time chooses
+        epochs = tuned["epochs"] if "best_trial" in search else request.max_epochs
+    plan = make_plan(*args, 0 if few else trials, epochs, pretrained)
     why = f"few pictures, so known settings and folds; {plan.why}" if few else plan.why
     return replace(plan, why=why), rest, plan_table(*args, pretrained)
 
@@ -249,8 +249,9 @@ def plan_step(
         if step == "train":
             tuned = run.read("tune", {}).get("config", {}).get("augmentation", "flip")
             plain = run.read("baseline")["pretrained"] and request.space == "standard" and tuned == "flip"
-            return plan_train(request, plan, rest, plain, _lets_folds_judge(request, run))
+            return plan_train(request, plan, rest, plain)
         show_plan(run, plan, table)
+        request = replace(request, pretrained=run.read("baseline")["pretrained"])  # its weights may be missing
         chosen = next(row for row in table if row["name"] == f"{plan.backbone} {plan.size}")
         return plan_tune(request, plan, chosen["train"], run.read("data")["splits"]["train"])
     if step == "evaluate":

@@ -17,6 +17,7 @@ from .core import AutomlError, Run, atomic_path, read_json, say
 from .data import open_step
 from .export import quantise_bundle
 from .learner import Config, Training, fit
+from .models import weights_trouble
 from .plan import is_small
 from .probes import Terms, load_head, offer_model, refit_head
 from .race import Track, folds_of
@@ -45,6 +46,8 @@ def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.n
     name = f"{config.backbone} {config.size} {what}"
     candidate = Candidate(name, "fine-tune", config.backbone, config.size,
                           epochs=float(len(training.history)), seconds=training.elapsed)
+    if not training.averaged.pretrained:  # step 2 knows why
+        training.averaged.origin = track.run.read("baseline", {}).get("origin", training.averaged.origin)
     return offer_model(track, config, training.averaged, answers, terms, candidate)
 
 # %% ../nbs/04_train.ipynb #e666e034
@@ -95,7 +98,8 @@ def train_folds(
     both, run, classes = ("train", "validation"), track.run, len(track.run.read("data")["classes"])
     images, folds = track.images(both, config.size), folds_of(run, both)
     numbers, trainings = np.unique(folds), []
-    share = seconds / (len(numbers) + (not config.pretrained))
+    average = config.pretrained and not weights_trouble(config.backbone)
+    share = seconds / (len(numbers) + (not average))
     logits = np.zeros((len(images), classes), np.float32)
     for fold in numbers:
         rest, asked = (images.take(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
