@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,12 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 # %% ../nbs/01g_champion.ipynb #c8f0b92e
+def _is_sound(figures: dict[str, Any]) -> bool:
+    return all(math.isfinite(value) for value in figures.values() if isinstance(value, float))
+
+# %% ../nbs/01g_champion.ipynb #40029f10
 def _write_row(run: Run, candidate: Candidate) -> None:
+    candidate = replace(candidate, figures=candidate.figures if _is_sound(candidate.figures) else {})
     row = {name: _plain(value) if isinstance(value, float) else value
            for name, value in asdict(candidate).items()}
     others = [other for other in read_rows(run) if other["name"] != candidate.name]
@@ -226,8 +231,10 @@ def offer(
 ) -> bool:  # whether it is the champion now
     """Put a model into the leaderboard, and into the bundle where it is better than what lies there."""
     with alone(run, "leaderboard"):
-        better = is_better(candidate.figures, champion_figures(run))
+        sound = _is_sound(candidate.figures)
+        better = sound and is_better(candidate.figures, champion_figures(run))
         found = _replace(run, candidate, write, limits) if better else _known_cost(run, candidate)
+        found |= {} if sound else {"reason": "has figures that are no numbers"}
         won = better and "reason" not in found
         candidate = Candidate(**asdict(candidate) | found)
         if won or not _ships(run, candidate.name):  # a later epoch that is worse leaves the row as it ships

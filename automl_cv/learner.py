@@ -188,7 +188,7 @@ def train_step(
 # %% ../nbs/01e_learner.ipynb #194c2f7d
 CHECK = 10  # steps between two looks at the loss; ten times as many on a GPU
 
-# %% ../nbs/01e_learner.ipynb #06428e26
+# %% ../nbs/01e_learner.ipynb #7afcbc2b
 def check_loss(
     training: Training,  # after some steps
 ) -> None:
@@ -204,7 +204,7 @@ def check_loss(
 # %% ../nbs/01e_learner.ipynb #09128c32
 SAVE_SECONDS = 60.0  # between two checkpoints inside an epoch
 
-# %% ../nbs/01e_learner.ipynb #8bfdb266
+# %% ../nbs/01e_learner.ipynb #7e925490
 def train_one_epoch(
     training: Training,  # changed in place
     images: Images,  # the training pictures
@@ -287,6 +287,8 @@ def _judge(training: Training, validation: Images) -> dict[str, Any]:
     batch = min(128, 4 * training.micro)  # without gradients there is room for more
     training.logits = evaluate(training.averaged, validation, training.config.size, batch)
     training.tick()
+    if not np.isfinite(training.logits).all():
+        raise AutomlError("diverged", "Validation answers are no numbers.", "Lower the learning rate.")
     return JUDGES[training.config.task].score(training.logits, validation.targets)
 
 # %% ../nbs/01e_learner.ipynb #2f40fc9b

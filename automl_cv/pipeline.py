@@ -251,7 +251,7 @@ def plan_step(
             plain = run.read("baseline")["pretrained"] and request.space == "standard" and tuned == "flip"
             return plan_train(request, plan, rest, plain)
         show_plan(run, plan, table)
-        request = replace(request, pretrained=run.read("baseline")["pretrained"])  # its weights may be missing
+        request = replace(request, pretrained=run.read("baseline")["pretrained"])  # weights may be missing
         chosen = next(row for row in table if row["name"] == f"{plan.backbone} {plan.size}")
         return plan_tune(request, plan, chosen["train"], run.read("data")["splits"]["train"])
     if step == "evaluate":

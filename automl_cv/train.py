@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from .baseline import standard_config
-from .champion import METRICS, Candidate, Limits, draw_leaderboard, require_champion, worth
+from .champion import (METRICS, Candidate, Limits, draw_leaderboard, require_champion, worth,
+                                write_row)
 from .core import AutomlError, Run, atomic_path, read_json, say
 from .data import open_step
 from .export import quantise_bundle
@@ -39,13 +40,15 @@ def choose_config(
                    augmentation=augmentation or config.augmentation)
 
 # %% ../nbs/04_train.ipynb #ed143a58
+def _candidate(config: Config) -> Candidate:
+    what = "fine-tuned" if config.scope == "all" else f"{config.scope} stage trained"
+    return Candidate(f"{config.backbone} {config.size} {what}", "fine-tune", config.backbone, config.size)
+
+# %% ../nbs/04_train.ipynb #9bdd3704
 def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.ndarray, np.ndarray],
            terms: Terms) -> bool:
     config = training.config
-    what = "fine-tuned" if config.scope == "all" else f"{config.scope} stage trained"
-    name = f"{config.backbone} {config.size} {what}"
-    candidate = Candidate(name, "fine-tune", config.backbone, config.size,
-                          epochs=float(len(training.history)), seconds=training.elapsed)
+    candidate = replace(_candidate(config), epochs=float(len(training.history)), seconds=training.elapsed)
     if not training.averaged.pretrained:  # step 2 knows why
         training.averaged.origin = track.run.read("baseline", {}).get("origin", training.averaged.origin)
     return offer_model(track, config, training.averaged, answers, terms, candidate)
@@ -117,6 +120,21 @@ def train_folds(
     _offer(track, training, (figures, logits, images.targets), terms)
     return training
 
+# %% ../nbs/04_train.ipynb #31328ae7
+def _train(track: Track, config: Config, seconds: float, terms: Terms,
+           record: Record) -> list[dict[str, Any]]:  # the history
+    train = train_folds if is_small(track.run) else train_split
+    try:
+        return train(track, config, seconds, terms, record).history
+    except AutomlError as error:
+        if error.code != "diverged" or not track.run.bundle.exists():
+            raise
+        lost = replace(_candidate(config), reason=f"diverged: {error.detail}")
+    say(f"  {lost.name} {lost.reason} The champion stays.")
+    if read_json(track.run.bundle / "model.json")["candidate"] != lost.name:
+        write_row(track.run, lost)
+    return []
+
 # %% ../nbs/04_train.ipynb #4b47b903
 def add_int8(
     track: Track,  # the run and how it is judged
@@ -171,8 +189,7 @@ def run_step(
     with tracked_step(run, "train", config.as_dict()) as record:
         history = []
         if config.scope != "head" or not run.bundle.exists():
-            train = train_folds if is_small(run) else train_split
-            history = train(track, config, seconds, terms, record).history
+            history = _train(track, config, seconds, terms, record)
         require_champion(run)
         quantised = add_int8(track) if int8 else {}
         found = _close(run, record, name) | {"history": history, "int8": quantised}

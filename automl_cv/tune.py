@@ -73,8 +73,6 @@ def _on_epoch(search: Search, trial: Trial, record: Record,
         for old in past[:epoch - 1 if not history else 0]:
             history.append(old)
             trial.report(search.worth(old), old["epoch"])
-        if not math.isfinite(entry["train_loss"]):
-            raise optuna.TrialPruned(f"diverged: the loss of epoch {epoch} is {entry['train_loss']}")
         history.append(entry | {"elapsed": before + time.monotonic() - started})
         trial.set_user_attr("history", history)
         trial.report(search.worth(entry), epoch)
@@ -101,10 +99,9 @@ def _train(search: Search, trial: Trial, config: Config, seconds: float, record:
     checkpoint = search.checkpoint(config)
     past = _past(trial) if checkpoint.exists() else []
     limit = seconds + past[-1]["elapsed"] if seconds and past else seconds
-    head = {} if search.head is None else {"head": search.head}
     try:
         return fit(config, search.train, search.validation, search.classes, checkpoint, limit,
-                   _on_epoch(search, trial, record, past), **head)
+                   _on_epoch(search, trial, record, past), search.head)
     except AutomlError as error:
         if error.code != "diverged":
             raise
@@ -196,14 +193,15 @@ def search_trials(
 # %% ../nbs/03_tune.ipynb #dee8e4e8
 def _conclude(study: optuna.Study, search: Search) -> dict[str, Any]:
     states = [trial.state.name.lower() for trial in finished_trials(study)]
+    found = {"split": "validation", "config": search.base.as_dict(), "study": study.study_name,
+             "space": search.space, "trial_images": len(search.train),
+             "trials": {state: states.count(state) for state in ("complete", "pruned")}}
     if "complete" not in states:
-        raise AutomlError("diverged", "Every trial of the search diverged.",
-                          "Check the labels and the pictures.")
+        say("  no trial came to its end: the known settings are taken")
+        return found
     best = choose_trial(study, search.metric)
-    return {"split": "validation", "config": best.user_attrs["config"], "scores": best.user_attrs["scores"],
-            "best_trial": best.number, "study": study.study_name, "space": search.space,
-            "trials": {state: states.count(state) for state in ("complete", "pruned")},
-            "trial_images": len(search.train)}
+    return found | {"config": best.user_attrs["config"], "scores": best.user_attrs["scores"],
+                    "best_trial": best.number}
 
 # %% ../nbs/03_tune.ipynb #5019f4dd
 def _clean_up(study: optuna.Study, run: Run) -> None:
@@ -252,11 +250,12 @@ def _search(search: Search, study: optuna.Study, trials: int, seconds: float, wo
     with alone(search.run, "soup"):  # searches of other machines may end at the same moment
         soup = search.soup(Config(**found["config"]), _values(study), lambda: time.monotonic() < end)
     found |= {"soup": soup} if len(soup) > 1 else {}
-    for path in draw_study(study, search.run.path / "tune"):
-        record.log_file(path)
-    best = study.trials[found["best_trial"]].params
-    record.log_params({f"best_{name}": value for name, value in best.items()})
-    record.log_metrics(found["scores"])
+    if "best_trial" in found:
+        for path in draw_study(study, search.run.path / "tune"):
+            record.log_file(path)
+        best = study.trials[found["best_trial"]].params
+        record.log_params({f"best_{name}": value for name, value in best.items()})
+        record.log_metrics(found["scores"])
     search.run.write("tune", found)  # before that goes which it was made of
     _clean_up(study, search.run)
     return found
