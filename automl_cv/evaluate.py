@@ -27,7 +27,7 @@ from .models import Classifier, create_model
 from .pixels import DATASET, pixels
 from .predict import Predictor
 from .tasks import TASKS, headline
-from .tracking import Record, tracked_step
+from .tracking import Record, register, tracked_step
 from .train import open_trained
 
 # %% ../nbs/05_evaluate.ipynb #471fb018
@@ -144,6 +144,8 @@ def run_step(
         results = collect_results(run, _judge(run, record, parity_images))
         run.write("results", results)
         record.log_file(run.path / "results.json")
+        if headline(results["final"]) >= min_accuracy:
+            register(record, run.bundle)
     final, title = results["final"], TASKS[results["data"]["task"]].title
     value = headline(final)
     say(f"  test {title} {100 * value:.1f} %")

@@ -29,7 +29,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from .core import AutomlError, Run, hash_file, home, read_json
+from .core import AutomlError, Run, hash_file, home, read_json, say
 
 # %% ../nbs/01f_tracking.ipynb #bf9191f9
 EXPERIMENT = "automl_cv"
@@ -200,9 +200,11 @@ def _add_version(record: Record, bundle: Path, name: str) -> str:  # the version
 def register(
     record: Record,  # where the bundle is kept
     bundle: Path,  # a folder with model.json
-    name: str,  # of the registered model
+    name: str = "",  # of the registered model; empty takes the bundle's
 ) -> str:  # the version, like "3"
     """Keep a bundle as a version, after checking the copy, and make it `champion`. Raises AutomlError."""
+    name = name or read_json(bundle / "model.json")["name"]
     version = _find_version(record.client, bundle, name) or _add_version(record, bundle, name)
     record.client.set_registered_model_alias(name, "champion", version)
+    say(f"  registered as {name} version {version}, alias champion")
     return version

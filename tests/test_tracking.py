@@ -9,9 +9,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from mlflow.artifacts import download_artifacts
 
-from automl_cv.core import AutomlError
-from automl_cv.tracking import connect
+from automl_cv.core import AutomlError, read_json
+from automl_cv.tracking import connect, tracking_uri
 
 
 def test_two_processes_make_the_database_at_once(tmp_path, monkeypatch):
@@ -48,31 +49,37 @@ def test_killed_while_it_makes_the_database(tmp_path, monkeypatch, share):
 
 KILLED = """
 import os, signal, sys
-from automl_cv import data, plan, tracking, train
+from automl_cv import data, evaluate, plan, tracking, train
 
 def register(*told):
     tracking.register(*told)
     os.kill(os.getpid(), signal.SIGKILL)
 
-train.register, plan.SMALL = register, 0  # what is not small is judged, and offered, after each epoch
+evaluate.register, plan.SMALL = register, 0  # what is not small is judged, and offered, after each epoch
 data.run_step(sys.argv[1], "demo:4")
 train.run_step(sys.argv[1], epochs=1)
+try:
+    evaluate.run_step(sys.argv[1], min_accuracy=1.1)
+except tracking.AutomlError as error:
+    assert (error.code, list(tracking.connect()[0].search_model_versions())) == ("below_gate", [])
+evaluate.run_step(sys.argv[1])
 """
 
 
-def test_killed_after_it_registered_the_bundle(tmp_path, monkeypatch):
-    from automl_cv.train import run_step
+def test_registered_once_and_only_behind_the_gate(tmp_path, monkeypatch):
+    from automl_cv.evaluate import run_step
 
     monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
-    monkeypatch.setattr("automl_cv.plan.SMALL", 0)
     folder = str(tmp_path / "runs/r")
     assert subprocess.run([sys.executable, "-c", KILLED, folder], timeout=100).returncode == -signal.SIGKILL
     client = connect()[0]
     assert [one.version for one in client.search_model_versions("name = 'automl_cv'")] == [1]
-    assert not Path(folder, "train.json").exists()
-    assert run_step(folder, epochs=1)["version"] == "1"
+    accuracy = run_step(folder)["final"]["accuracy"]
     (version,) = client.search_model_versions("name = 'automl_cv'")
     assert client.get_model_version_by_alias("automl_cv", "champion").version == version.version == 1
+    kept = Path(download_artifacts(artifact_uri=version.source, tracking_uri=tracking_uri(), dst_path=str(tmp_path)))
+    assert read_json(kept / "model.json")["metrics"]["accuracy"] == accuracy
+    assert "Not evaluated yet" not in (kept / "MODEL_CARD.md").read_text()
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "postgresql+psycopg://me@127.0.0.1:9/none", "carrier://pigeon"])
