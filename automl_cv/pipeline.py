@@ -305,6 +305,8 @@ def _run_one(step: str, request: Request, run: Run, execute: Execute) -> None:
         entry["finished"] = now()
     finally:
         note()
+    for checkpoint in run.path.glob("*.pt"):  # of no use from now on, and four times as large as the model
+        checkpoint.unlink()
 
 # %% ../nbs/07_pipeline.ipynb #13fa73d1
 def machine() -> dict[str, Any]:
