@@ -193,8 +193,9 @@ def champion_figures(
 
 # %% ../nbs/01g_champion.ipynb #4ff79228
 def _known_cost(run: Run, candidate: Candidate) -> dict[str, Any]:
-    for row in read_rows(run):
-        if (row["backbone"], row["size"]) == (candidate.backbone, candidate.size) and row["megabytes"]:
+    same = (candidate.backbone, candidate.size)
+    for row in read_rows(run) if candidate.stage != "head" else []:
+        if (row["backbone"], row["size"]) == same and row["stage"] != "head" and row["megabytes"]:
             return {name: row[name] for name in ("milliseconds", "megabytes")}
     return {}
 
@@ -239,6 +240,8 @@ def offer(
         candidate = Candidate(**asdict(candidate) | found)
         if won or not _ships(run, candidate.name):  # a later epoch that is worse leaves the row as it ships
             _write_row(run, candidate)
+    if candidate.reason:
+        say(f"  {candidate.name} {candidate.reason}")
     if won:
         metric = candidate.figures["metric"]
         say(f"  champion: {candidate.name}, validation {METRICS[metric]} {candidate.figures[metric]:.4f}, "
