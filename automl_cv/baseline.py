@@ -8,17 +8,21 @@ __all__ = ['majority_logits', 'thumbnails', 'probe_pixels', 'standard_config', '
 # %% ../nbs/02_baseline.ipynb #726f8adf
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .cache import Images
-from .champion import Candidate, Limits, write_row
+from .champion import Candidate, Limits, graph_cost, require_champion, write_row
 from .core import Run, say
 from .data import open_step, read_split
+from .export import export_onnx
 from .heads import HeadConfig, fit_head
 from .learner import Config, Training, fit
+from .models import create_model
 from .plan import Entrant, is_small
 from .probes import Terms, best_head, first_model
 from .race import Track, line_up, race
@@ -111,15 +115,32 @@ def usual_side(
     return int(rows[["width", "height"]].min(axis=1).median())
 
 # %% ../nbs/02_baseline.ipynb #920d5feb
+def _costs(track: Track, entrants: list[Entrant], limits: Limits) -> dict[str, dict[str, float]]:
+    costs, classes = {}, len(track.run.read("data")["classes"])
+    for entrant in entrants if limits != Limits() else []:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            export_onnx(create_model(entrant.backbone, classes, False), entrant.size, path)
+            cost = costs[entrant.name] = graph_cost(path, entrant.size, 0.2)
+        if reason := limits.trouble(**cost):
+            say(f"  {entrant.name} {reason}")
+        write_row(track.run, replace(entrant.candidate(), **cost, reason=reason))
+    return costs
+
+# %% ../nbs/02_baseline.ipynb #aa4b150f
 def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], seconds: float,
            record: Record) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
+    deadline, costs = time.monotonic() + seconds, _costs(track, entrants, terms.limits)
+    able = [e for e in entrants if e.name not in costs or not terms.limits.trouble(**costs[e.name])]
+    if not able:
+        require_champion(track.run)
+    entrants = able or entrants[:1]  # what was shipped before a kill keeps the limits
     first = first_model(track, replace(config, backbone=entrants[0].backbone, size=entrants[0].size), terms)
     scores = _simple(track, first.size)
     left = max(1.0, deadline - time.monotonic()) if seconds else 0.0
     found = race(track, entrants, 0.6 * left)
     for entrant in found[1:]:
-        write_row(track.run, entrant.candidate())
+        write_row(track.run, replace(entrant.candidate(), **costs.get(entrant.name, {})))
     config = replace(config, backbone=found[0].backbone, size=found[0].size)
     left = max(1.0, deadline - time.monotonic()) if seconds else 0.0
     total = track.run.read("data")["splits"]["train"]

@@ -152,10 +152,9 @@ def plan_tune(
     pictures: int,  # in the training split
 ) -> dict[str, Any]:  # the step's parameters
     """Choose the search's parameters: trials see as many of the training pictures as the time allows."""
-    chosen = _common(request) | {"backbone": plan.backbone, "size": plan.size, "trials": plan.trials,
-                                 "max_epochs": request.max_epochs, "space": request.space,
-                                 "storage": request.storage, "workers": request.workers,
-                                 "metric": request.metric}
+    chosen = _common(request) | _choice(request) | {
+        "backbone": plan.backbone, "size": plan.size, "trials": plan.trials, "max_epochs": request.max_epochs,
+        "space": request.space, "storage": request.storage, "workers": request.workers}
     if not request.seconds or not plan.trials:
         return chosen
     share = plan.search_seconds / plan.trials * speed / (request.max_epochs * pictures)

@@ -54,8 +54,9 @@ def test_metric_of_another_task_is_refused(tmp_path):
 
 
 def test_no_model_within_the_limits(tmp_path):
-    status, _, err = call(tmp_path, "run", "demo:6", "--out", tmp_path / "run", *SCRATCH, *QUICK,
-                          "--max-size-mb", "0.001")
+    status, out, err = call(tmp_path, "run", "demo:6", "--out", tmp_path / "run", *SCRATCH, *QUICK,
+                            "--max-size-mb", "0.001")
+    assert "small_cnn 32 has 1.7 MB, 0.001 are allowed" in out and "  race" not in out and "3/6" not in out
     assert status == 1 and "[no_model_fits]" in err and "0.001 are allowed" in err
     assert not (tmp_path / "run/model").exists()
 
