@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Latency', 'Megabytes', 'Int8', 'Space',
-           'Storage', 'Workers', 'Fix', 'Apply', 'Gate', 'Folder', 'closing_lines', 'run', 'resume', 'tune',
+           'Storage', 'Workers', 'Fix', 'Apply', 'Gate', 'Folder', 'USUAL', 'closing_lines', 'run', 'resume', 'tune',
            'check_facts', 'check_lines', 'check_folder', 'check', 'predict', 'serve', 'deploy', 'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
@@ -153,26 +153,37 @@ def resume(
     _finish(Run(folder), _asked(folder), as_json)
 
 # %% ../nbs/07a_cli.ipynb #5f428946
+USUAL = {"workers": 2, "trials": 16, "max_epochs": 3, "seconds": 0.0}  # of a search by itself
+
+
+def _search_params(run: Run, request: Request, said: dict[str, Any]) -> dict[str, Any]:
+    begun = run.read("steps", {}).get("tune", {})
+    usual = {} if "params" in begun and "finished" not in begun else USUAL
+    asked = replace(request, seconds=0.0, trials=(USUAL | said)["trials"])
+    return (begun.get("params") or plan_step("tune", asked, run, float("inf"))) | usual | said
+
+# %% ../nbs/07a_cli.ipynb #ec825a95
 @cli.command()
 def tune(
     folder: Folder,
-    workers: Workers = 2,
-    trials: Annotated[int, typer.Option(help="Configurations wanted in all.", min=1)] = 16,
-    max_epochs: Annotated[int, typer.Option(help="Epochs of the longest trial.", min=1)] = 3,
-    time_: Annotated[str, typer.Option("--time", help="Budget of the search, like 30m, or none.")] = "none",
+    workers: Annotated[int | None, typer.Option(help="Processes side by side; else 2.", min=1)] = None,
+    trials: Annotated[int | None, typer.Option(help="Configurations in all; else 16.", min=1)] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Of the longest trial; else 3.", min=1)] = None,
+    time_: Annotated[str, typer.Option("--time", help="Budget of the search, like 30m, or none.")] = "",
     storage: Storage = "",
 ) -> None:
     """Search on with several processes; start it on other machines too, with one --storage."""
     run, request = Run(folder), _asked(folder)
     with told(), stop_on_signals():
-        limit = 0.0 if time_ == "none" else parse_time(time_)
+        limit = (0.0 if time_ == "none" else parse_time(time_)) if time_ else None
         done = {name: entry for name, entry in run.read("steps", {}).items() if name in ("data", "baseline")}
         if "finished" not in done.get("baseline", {}):
             raise AutomlError("step_missing", f"{folder} has no baseline yet.",
                               f"Go on with {command()} resume {folder} first.")
-        planned = plan_step("tune", replace(request, trials=trials, seconds=0.0), run, float("inf"))
-        params = planned | {"workers": workers, "trials": trials, "max_epochs": max_epochs, "seconds": limit,
-                            "storage": storage or request.storage}
+        words = {"workers": workers, "trials": trials, "max_epochs": max_epochs, "seconds": limit,
+                 "storage": storage or None}
+        said = {name: value for name, value in words.items() if value is not None}
+        params = _search_params(run, request, said)
         run.write("steps", done | {"tune": {"params": params}})
         call_step("tune", params, run)
     print(f"Train, evaluate and check with: {command()} resume {folder}")
