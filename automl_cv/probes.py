@@ -119,12 +119,13 @@ def offer_model(
     terms: Terms,  # what may ship
     candidate: Candidate,  # to be written into the leaderboard
     pictures: int = 0,  # of the training split that it learned from; 0 for all
+    strange: np.ndarray | None = None,  # as `bundles.strangeness` of folds; None where others set the alarm
 ) -> bool:  # whether it is the champion now
     """Offer a network as the run's bundle."""
     known = [track.images(split, config.size, KNOWN)
              for split in ("train", "validation")[:1 + (candidate.epochs > 0)]]  # a frozen one has seen none
     shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name, *known,
-                        pictures=pictures)
+                        pictures=pictures, strange=strange)
     def write(folder: Path) -> dict[str, Any]:
         return write_bundle(track.run, copy.deepcopy(model).cpu(), config, folder, shipment)
     return offer(track.run, replace(candidate, figures=answers[0]), write, terms.limits)

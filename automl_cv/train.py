@@ -7,12 +7,14 @@ __all__ = ['APART', 'choose_config', 'train_split', 'average_folds', 'train_fold
 
 # %% ../nbs/04_train.ipynb #ebec5a43
 import copy
+import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .baseline import standard_config
+from .bundles import strangeness
 from .cache import Images
 from .champion import (METRICS, Candidate, Limits, draw_leaderboard, require_champion, worth,
                                 write_row)
@@ -48,12 +50,12 @@ def _candidate(config: Config) -> Candidate:
 
 # %% ../nbs/04_train.ipynb #9bdd3704
 def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.ndarray, np.ndarray],
-           terms: Terms) -> bool:
+           terms: Terms, strange: np.ndarray | None = None) -> bool:
     config = training.config
     candidate = replace(_candidate(config), epochs=float(len(training.history)), seconds=training.elapsed)
     if not training.averaged.pretrained:  # step 2 knows why
         training.averaged.origin = track.run.read("baseline", {}).get("origin", training.averaged.origin)
-    return offer_model(track, config, training.averaged, answers, terms, candidate)
+    return offer_model(track, config, training.averaged, answers, terms, candidate, strange=strange)
 
 # %% ../nbs/04_train.ipynb #e666e034
 def _tell(training: Training, record: Record) -> None:
@@ -118,13 +120,18 @@ def train_folds(
     images, folds = track.images(both, config.size), folds_of(run, both)
     numbers, trainings = np.unique(folds), []
     average = config.pretrained and not weights_trouble(config.backbone)
-    share = seconds / (len(numbers) + (not average))
-    logits = np.zeros((len(images), classes), np.float32)
+    rounds, end, cost = len(numbers) + (not average), time.monotonic() + seconds, 0.0
+    logits, strange = np.zeros((len(images), classes), np.float32), np.zeros(len(images), np.float32)
+    def share() -> float:  # of the next training, for telling what is strange costs time, too
+        left = (end - time.monotonic()) / max(1, rounds - len(trainings)) - cost
+        return max(0.1, min(seconds / rounds, left)) if seconds else 0.0
     for fold in numbers:
         rest, asked = (images.take(np.flatnonzero(chosen)) for chosen in (folds != fold, folds == fold))
         path, head = run.path / f"train-fold-{fold}.pt", refit_head(track, config, rest)
-        trainings.append(training := fit(config, rest, asked, classes, path, share, head=head))
-        logits[folds == fold] = training.logits
+        trainings.append(training := fit(config, rest, asked, classes, path, share(), head=head))
+        logits[folds == fold], started = training.logits, time.monotonic()
+        strange[folds == fold] = strangeness(training.averaged, rest, asked, config.size)
+        cost = time.monotonic() - started
         say(f"  fold {len(trainings)} of {len(numbers)}: {len(training.history)} epochs")
     figures = track.score(logits, images.targets) | {"folds": len(numbers)}
     say(f"  fine-tuned, by folds: {METRICS[figures['metric']]} {abs(worth(figures)):.4f}")
@@ -132,9 +139,9 @@ def train_folds(
         training, more = _unite(track, trainings, images)
         figures |= more
     else:
-        training = fit(config, images, None, classes, run.path / "train.pt", share,
+        training = fit(config, images, None, classes, run.path / "train.pt", share(),
                        lambda training: _tell(training, record), load_head(run, config.backbone, config.size))
-    _offer(track, training, (figures, logits, images.targets), terms)
+    _offer(track, training, (figures, logits, images.targets), terms, strange)
     return training
 
 # %% ../nbs/04_train.ipynb #31328ae7
