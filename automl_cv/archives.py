@@ -9,7 +9,6 @@ __all__ = ['MAX_ENTRIES', 'MAX_UNPACKED', 'MAX_RATIO', 'MAX_DIRECTORY', 'LZMA_ME
 # %% ../nbs/00d_archives.ipynb #a1d64037
 import bz2
 import gzip
-import io
 import lzma
 import os
 import posixpath
