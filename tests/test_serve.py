@@ -546,14 +546,17 @@ listen(create_app(sys.argv[1]), "127.0.0.1", int(sys.argv[2]))
 
 def test_work_that_does_not_end_does_not_keep_the_service(bundle, plain):
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(bundle), str(port)], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", SLOW, str(bundle), str(port)]
     url = f"http://127.0.0.1:{port}"
-    wait_ready(url, 60, alive=lambda: process.poll() is None)
-    with ThreadPoolExecutor() as pool:
-        asked = pool.submit(httpx.post, f"{url}/predict", content=plain("red"), timeout=50, trust_env=False)
-        while b"queue_depth 1.0" not in httpx.get(f"{url}/metrics", trust_env=False).content:
-            assert not asked.done()
-        process.terminate()
-        reply = asked.result()
-        assert (reply.status_code, reply.json()["code"]) == (503, "not_ready")
-        assert process.wait(40) == 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process, ThreadPoolExecutor() as pool:
+        try:
+            wait_ready(url, 60, alive=lambda: process.poll() is None)
+            asked = pool.submit(httpx.post, f"{url}/predict", content=plain("red"), timeout=50, trust_env=False)
+            while b"queue_depth 1.0" not in httpx.get(f"{url}/metrics", trust_env=False).content:
+                assert not asked.done()
+            process.terminate()
+            reply = asked.result()
+            assert (reply.status_code, reply.json()["code"]) == (503, "not_ready")
+            assert process.wait(40) == 0
+        finally:
+            process.kill()
