@@ -37,7 +37,7 @@ async def last_ones(
     await asyncio.sleep(0.05)
     for own in doors:
         own.setblocking(False)
-        with own, suppress(BlockingIOError):
+        with own, suppress(OSError):  # there is nobody, or no file for somebody
             while True:
                 found.append(own.accept()[0])
     return found
