@@ -198,9 +198,6 @@ def review(
     found += find_mislabels(paths, answers, targets, classes)
     return found + find_ambiguous(paths, answers, targets, classes)
 
-# %% ../nbs/01d_review.ipynb #3739fb50
-#| export
-
 # %% ../nbs/01d_review.ipynb #653d2d28
 def review_run(
     run: Run,  # a run after step 1
