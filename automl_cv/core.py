@@ -102,6 +102,7 @@ class AutomlError(Exception):
         self.add_note(f"code: {code}")  # for a notebook's reader, and for whoever runs notebooks
         self.code, self.detail, self.hint = code, detail, hint
         self.status, self.exit_code, self.title = CODES[code]
+        self.headers: dict[str, str] = {}  # of an answer over HTTP, besides what all have
 
     def problem(self) -> dict[str, Any]:  # the members of a problem+json document
         """Return the error as RFC 9457 wants it."""

@@ -18,7 +18,6 @@ from .bodies import find_picture, one_body
 from .core import AutomlError
 from .life import loaded, until_left
 from .predict import Prediction, Predictor, judge
-from .web import Bare
 
 # %% ../nbs/05ddb_front.ipynb #e609ee76
 def check_ready(
@@ -106,6 +105,6 @@ async def answer_picture(
     return JSONResponse(answer, headers={"X-Model-Version": predictor.version})
 
 # %% ../nbs/05ddb_front.ipynb #d6a8d355
-FRONT = [Bare("/predict", answer_picture, methods=["POST"]), Bare("/metrics", metrics),
-         Bare("/health/live", live), Bare("/healthz", live),
-         Bare("/health/ready", ready), Bare("/readyz", ready)]
+FRONT = {("POST", "/predict"): answer_picture, ("GET", "/metrics"): metrics,
+         ("GET", "/health/live"): live, ("GET", "/healthz"): live,
+         ("GET", "/health/ready"): ready, ("GET", "/readyz"): ready}

@@ -113,7 +113,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["type"] == "http":
+            if scope["type"] == "http" and (self.rules.hosts or self.rules.keys):
                 path = scope["path"].removeprefix(scope.get("root_path", ""))
                 self.check(path, scope["method"], Headers(scope=scope))
         except AutomlError as error:

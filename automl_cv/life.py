@@ -53,6 +53,7 @@ async def swap(
         if fresh is not None:
             app.state.predictor, workers = fresh, count_workers(fresh)
             if workers != app.state.pool.workers:  # jobs of the old pool go on in it
+                app.state.pool.close()
                 app.state.pool = Pool(workers)
             LOG.info("Serving version %s.", fresh.version)
         return fresh is not None
@@ -116,7 +117,7 @@ async def lifespan(
         finally:
             if watch:
                 watch.cancel()
-            state.pool.threads.shutdown(wait=False, cancel_futures=True)  # nothing more is started
+            state.pool.close()
             state.spans.close()
 
 # %% ../nbs/05dd_life.ipynb #1cce5a07

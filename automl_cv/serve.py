@@ -37,11 +37,10 @@ from .front import FRONT
 from .guard import add_guard, read_rules
 from .journal import Journal, Metrics
 from .life import GRACE_SECONDS, LEAVE_SECONDS, SPEAK_SECONDS, Closing, lifespan
-from .pool import Busy, on_busy
 from .predict import read_bundle
 from .tasks import TASKS
 from .traces import Spans
-from .web import Later, add_frame
+from .web import Later, ShortWay, add_frame
 
 # %% ../nbs/06_serve.ipynb #0908cf06
 def _whole(app: Starlette) -> Any:
@@ -53,7 +52,8 @@ def create_app(
     bundle: str | Path = "",  # a folder or an address; empty decides by the environment when it starts
 ) -> Starlette:
     """Make the service; its model is loaded when it starts. Raises AutomlError wrong_parameter_type."""
-    app = Starlette(routes=[*FRONT, Mount("", Later(lambda: _whole(app)))], lifespan=lifespan)
+    app = Starlette(routes=[Mount("", Later(lambda: _whole(app)))], lifespan=lifespan)
+    app.add_middleware(ShortWay, known=FRONT)
     state = app.state
     state.bundle, state.predictor, state.leaving = str(bundle), None, False
     state.begun = EARLY.pop() if EARLY else None
@@ -63,8 +63,7 @@ def create_app(
     for name, kind in (("AUTOML_CV_WATCH", float), ("AUTOML_CV_BATCH", int)):
         read_number(name, kind)  # a wrong one is told before anything runs
     state.needs_key = bool(rules.keys)
-    state.paths = {route.path for route in FRONT}
-    app.add_exception_handler(Busy, on_busy)
+    state.paths = {path for _, path in FRONT}
     add_guard(app, rules)
     add_frame(app)
     app.add_middleware(Closing, state=state)
