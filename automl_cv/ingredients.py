@@ -48,6 +48,7 @@ def offer_soup(
     folder: Path,  # where `keep_weights` put the ingredients
     values: dict[int, float],  # of the finished trials by number; more is better
     terms: Terms,  # what may ship
+    pictures: int = 0,  # of the training split that the trials saw; 0 for all
     ready: Callable[[], bool] = lambda: True,  # asked before each look at the pictures; False ends it
 ) -> list[int]:  # the trials in it, best first; one alone is no soup
     """Average the best trials' weights as long as that helps, and offer the mean."""
@@ -71,6 +72,6 @@ def offer_soup(
         candidate = Candidate(name, "trial", config.backbone, config.size, epochs=float(config.epochs),
                               seconds=time.monotonic() - started)
         answers = track.score(logits, asked.targets), logits, asked.targets
-        offer_model(track, config, model, answers, terms, candidate)
+        offer_model(track, config, model, answers, terms, candidate, pictures)
     say(f"  soup of {len(chosen)} trials" if len(chosen) > 1 else "  no mean of trials beats the best trial")
     return [numbers[n] for n in chosen]

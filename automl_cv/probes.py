@@ -122,6 +122,8 @@ def offer_model(
     strange: np.ndarray | None = None,  # as `bundles.strangeness` of folds; None where others set the alarm
 ) -> bool:  # whether it is the champion now
     """Offer a network as the run's bundle."""
+    if candidate.epochs and not model.pretrained:  # step 2 knows why
+        model.origin = track.run.read("baseline", {}).get("origin", model.origin)
     known = [track.images(split, config.size, KNOWN)
              for split in ("train", "validation")[:1 + (candidate.epochs > 0)]]  # a frozen one has seen none
     shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name, *known,

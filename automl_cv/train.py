@@ -53,8 +53,6 @@ def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.n
            terms: Terms, strange: np.ndarray | None = None) -> bool:
     config = training.config
     candidate = replace(_candidate(config), epochs=float(len(training.history)), seconds=training.elapsed)
-    if not training.averaged.pretrained:  # step 2 knows why
-        training.averaged.origin = track.run.read("baseline", {}).get("origin", training.averaged.origin)
     return offer_model(track, config, training.averaged, answers, terms, candidate, strange=strange)
 
 # %% ../nbs/04_train.ipynb #e666e034

@@ -232,9 +232,10 @@ def prepare_search(
             write_row(run, replace(candidate, reason=why))
         else:
             answers = figures, training.logits, validation.targets
-            offer_model(track, training.config, training.averaged, answers, terms, candidate)
+            offer_model(track, training.config, training.averaged, answers, terms, candidate, len(train))
     def cook(config: Config, values: dict[int, float], ready: Callable[[], bool]) -> list[int]:
-        return [] if is_small(run) else offer_soup(track, config, run.path / "trials", values, terms, ready)
+        folder = run.path / "trials"
+        return [] if is_small(run) else offer_soup(track, config, folder, values, terms, len(train), ready)
     return Search(run, base, train, validation, classes, max_epochs, record, space, head, track.metric, offer,
                   cook)
 

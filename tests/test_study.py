@@ -16,7 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from automl_cv.core import AutomlError, Run, check_stop, write_bytes
+from automl_cv.core import AutomlError, Run, check_stop, read_json, write_bytes
 from automl_cv.study import open_study, run_trials
 from automl_cv.trials import finished_trials, promote_paused
 from conftest import free_port
@@ -309,3 +309,18 @@ def test_one_command_starts_workers_that_share_the_study(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     work(*sys.argv[1:])
+
+
+def test_trial_that_ships_says_what_it_learned_from(tmp_path, monkeypatch):
+    from automl_cv import tune
+    from automl_cv.data import run_step as scan_step
+
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "is_small", lambda run: False)  # else a trial ships nothing
+    run = Run(tmp_path / "runs/half")
+    scan_step(str(run.path), "demo:10")
+    run.write("baseline", {"origin": "no network"})
+    tune.run_step(str(run.path), trials=1, max_epochs=1, trial_share=0.5)
+    facts = read_json(run.bundle / "model.json")
+    assert facts["candidate"] == "small_cnn 32 trial 0"
+    assert (run.read("data")["splits"]["train"], facts["data"]["images"], facts["origin"]) == (42, 21, "no network")
