@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.datastructures import Headers
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -78,7 +77,8 @@ def _say(line: dict[str, Any]) -> None:
 # %% ../nbs/05d_journal.ipynb #3c0517b3
 class _Reply:
     def __init__(self, receive: Receive, send: Send):
-        self.take, self.give, self.headers, self.code = receive, send, Headers(), ""
+        self.take, self.give, self.code = receive, send, ""
+        self.headers: dict[bytes, bytes] = {}
         self.status, self.gone, self.cut = 499, False, False  # 499: nobody listened
 
     async def receive(self) -> Message:
@@ -90,8 +90,8 @@ class _Reply:
         begins = message["type"] == "http.response.start"
         if begins:
             self.status = 499 if self.gone else message["status"]
-            self.headers = Headers(raw=message["headers"])
-        elif self.headers.get("content-type") == PROBLEM and message.get("body"):
+            self.headers = dict(message["headers"])
+        elif self.headers.get(b"content-type") == PROBLEM.encode() and message.get("body"):
             self.code = json.loads(message["body"])["code"]
         await self.give(message)
         self.cut = begins or message.get("more_body", False)  # until the last part is sent
@@ -148,9 +148,9 @@ class Journal:
         for stage, spent in (stages := record.pop("stages")).items():
             _series(self.metrics.stages, stage).observe(spent)
         end = ({"code": reply.code} if reply.code else {}) | ({"cut": True} if reply.cut else {})
-        facts = {"request_id": reply.headers.get("x-request-id", "")} | record | end
+        facts = {"request_id": reply.headers.get(b"x-request-id", b"").decode()} | record | end
         name = f"{scope['method']} {path}"
-        place = self.spans.note(name, seconds, find_trace(Headers(scope=scope)), facts | {
+        place = self.spans.note(name, seconds, find_trace(dict(scope["headers"])), facts | {
             "http.request.method": scope["method"], "url.path": scope["path"],
             "http.response.status_code": reply.status}, stages)
         spent_ms = {"stages_ms": {stage: round(1000 * s, 3) for stage, s in stages.items()}} if stages else {}

@@ -30,12 +30,12 @@ GOOGLE = re.compile(r"(?!0{32})([0-9a-fA-F]{32})(?:/([0-9]{1,20}))?(?:;o=([01]))
 
 # %% ../nbs/05cb_traces.ipynb #e0f6a54f
 def find_trace(
-    headers: Mapping[str, str],  # of a request, with names in lower case
+    headers: Mapping[bytes, bytes],  # of a request, with names in lower case
 ) -> Trace | None:  # None where it has none
     """Read the trace that a request belongs to."""
-    if found := W3C.fullmatch(headers.get("traceparent", "")):
+    if found := W3C.fullmatch(headers.get(b"traceparent", b"").decode("latin-1")):
         return Trace(found[1], found[2], bool(int(found[3], 16) & 1))
-    if found := GOOGLE.fullmatch(headers.get("x-cloud-trace-context", "")):
+    if found := GOOGLE.fullmatch(headers.get(b"x-cloud-trace-context", b"").decode("latin-1")):
         return Trace(found[1].lower(), f"{int(found[2] or 0) % 2**64:016x}", found[3] == "1")
     return None
 

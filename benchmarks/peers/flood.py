@@ -14,6 +14,7 @@ import json
 import random
 import sys
 import time
+from itertools import accumulate
 
 import uvloop
 
@@ -66,21 +67,22 @@ class Flood:
     def __init__(self, order: dict):
         self.order, self.records, self.idle, self.busy, self.skipped = order, [], [], 0, 0
         self.random, self.started = random.Random(order.get("seed", 0)), time.perf_counter()
-        self.bodies, self.weights = [], []
+        self.bodies, weights = [], []
         for path, kind, weight in order.get("files", []):
             with open(path, "rb") as file:
                 body = HEAD + file.read() + TAIL
             head = ("POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=automl-cv"
                     f"\r\nContent-Length: {len(body)}\r\n\r\n")
             self.bodies.append((kind, head.encode() + body))
-            self.weights.append(weight)
+            weights.append(weight)
         if "get" in order:
             self.bodies = [("get", f"GET {order['get']} HTTP/1.1\r\nHost: a\r\n\r\n".encode())]
-            self.weights = [1]
+            weights = [1]
+        self.weights = list(accumulate(weights))  # adding them up for each request would take the server's time
 
     async def one(self) -> int:
         """Make one request on a free connection or a new one."""
-        kind, request = self.random.choices(self.bodies, self.weights)[0]
+        kind, request = self.random.choices(self.bodies, cum_weights=self.weights)[0]
         self.busy += 1
         talk = None
         while self.idle and not (talk and talk.open):
