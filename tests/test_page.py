@@ -158,6 +158,21 @@ def test_not_sure_is_explained(open_page, start, doubtful, plain):
         assert page.is_hidden("#low_confidence")
 
 
+def test_a_doubtful_answer_is_not_as_sure_as_the_threshold(open_page, start, doubtful, plain, tmp_path):
+    """Yellow is half red and half green; in whole percents, the threshold would have the same figure."""
+    copy = Path(shutil.copytree(doubtful, tmp_path / "model"))
+    info = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps(info | {"thresholds": info["thresholds"] | {"abstain": 0.5049}}))
+    with start(copy) as server:
+        page = open_page(server.url)
+        page.set_input_files("#file", picture(plain, "yellow"))
+        page.wait_for_selector("#low_confidence:visible")
+        assert page.inner_text("#sure") == "50 % sure"
+        assert "From a confidence of 50.49 % on, 99 % of" in page.inner_text("#low_confidence")
+        page.goto(f"{server.url}/model")
+        assert "From a confidence of 50.49 % on, 99 % of" in page.inner_text("main")
+
+
 def test_the_model_card(open_page, start, doubtful):
     with start(doubtful) as server:
         page = open_page(f"{server.url}/model")
