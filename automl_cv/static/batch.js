@@ -191,19 +191,11 @@ function readLine(text) {
   return row;
 }
 
-async function takesZips() {
-  const reply = await fetch("openapi.json");
-  return "/predict/batch" in (await reply.json()).paths;
-}
-
 async function workZip(row, signal) {
   removeRows(row.parts ?? []); // of a try that broke off
   row.parts = [];
   const send = () => post(`predict/batch?top_k=${classes.length || 1}`, "files", [row.file], signal);
   try {
-    if (!(await takesZips())) {
-      throw new Trouble("This service takes no zip files", "Unpack it and drop the folder.", { code: "no_zips" });
-    }
     const reply = await patiently(send, signal);
     const lines = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
