@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from . import __version__
+from .bodies import MAX_BATCH
 from .front import answer_picture, identity, live, metrics, ready
 from .guard import PROBES
 from .life import loaded
@@ -90,7 +91,7 @@ router.get("/metrics", response_class=Response, responses=NUMBERS)(metrics)
 def _show(name: str, request: Request) -> HTMLResponse:
     predictor = request.app.state.predictor
     facts = {"version": predictor.version, "precision": predictor.precision} if predictor else {}
-    page = show(name, request, info=predictor and predictor.info, limits=UPLOAD,
+    page = show(name, request, info=predictor and predictor.info, limits=UPLOAD, max_batch=MAX_BATCH,
                 needs_key=request.app.state.needs_key, **facts)
     page.headers["Vary"] = "Accept"
     return page

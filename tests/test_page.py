@@ -529,6 +529,17 @@ def test_a_zip_goes_as_it_is(open_page, server, plain, tmp_path):
     page.wait_for_selector("#rows:has-text('The service did not answer')")
 
 
+def test_a_file_that_is_too_large_on_the_way_is_told(open_page, server, plain):
+    """Cloud Run refuses what has over 32 MiB with a page of its own."""
+    page = open_page(f"{server.url}/batch")
+    assert "up to 10 MB, or zips, each up to 100 MB" in " ".join(page.inner_text("#hint").split())
+    page.route("**/predict/batch*", lambda route: route.fulfill(status=413, body="<h1>Error</h1>", content_type="text/html"))
+    page.set_input_files("#files", zipped("a.zip", b"PK"))
+    page.wait_for_selector("#rows .failed")
+    assert page.inner_text("#rows .failed strong") == "The file is too large"
+    assert page.inner_text("#rows .failed span").endswith("Instead of a zip, give the unpacked folder.")
+
+
 def zipped(name, data):
     return {"name": name, "mimeType": "application/zip", "buffer": data}
 

@@ -36,10 +36,16 @@ export function keyHeader() {
 const locked = () =>
   new Trouble("The key is missing or wrong", "Type the key of this service above, then try again.", { code: "no_key", passes: true });
 
+// What stands in front of a service may take less than the service, and says so in words of its own.
+const TOO_LARGE = {
+  title: "The file is too large",
+  detail: "Something on the way to the service takes no file of this size. Instead of a zip, give the unpacked folder.",
+};
+
 /** Turn a problem+json answer into a Trouble. */
 async function explain(reply) {
   if (reply.status === 401) return locked();
-  const problem = await reply.json().catch(() => ({}));
+  const problem = await reply.json().catch(() => (reply.status === 413 ? TOO_LARGE : {}));
   const title = problem.title ?? "The service failed";
   return new Trouble(title, problem.detail ?? `It answered with status ${reply.status}. Try again.`, {
     code: problem.code ?? `http_${reply.status}`,
