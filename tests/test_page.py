@@ -207,6 +207,13 @@ def test_trouble_is_a_sentence_and_passes(open_page, server, plain):
     assert page.is_hidden("#trouble")
 
 
+def test_trouble_is_in_sight_on_a_phone_held_sideways(open_page, server):
+    page = open_page(server.url, viewport={"width": 640, "height": 340})
+    page.set_input_files("#file", {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"no picture"})
+    page.wait_for_selector("#trouble:visible")
+    playwright.expect(page.locator("#trouble")).to_be_in_viewport(ratio=0.99)
+
+
 def test_a_lost_connection_is_tried_again(open_page, server, plain):
     page = open_page(server.url)
     page.context.set_offline(True)

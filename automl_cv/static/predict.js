@@ -11,6 +11,7 @@ let last = null; // the picture that was asked for last
 
 function show(state) {
   for (const id of ["idle", "busy", "answer", "trouble"]) find(id).hidden = id !== state;
+  find(state).scrollIntoView({ block: "nearest" }); // on a phone it is below the picture
 }
 
 function row(share) {
@@ -44,7 +45,6 @@ function showAnswer(found) {
   find("answer").classList.toggle("unsure", Boolean(found.uncertain));
   find("notes").textContent = (found.notes ?? []).map((note) => `Note: ${note}.`).join(" ");
   show("answer");
-  find("answer").scrollIntoView({ block: "nearest" }); // on a phone it is below the picture
 }
 
 function showTrouble(title, detail, { requestId, passes } = {}) {
