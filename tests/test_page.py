@@ -438,6 +438,7 @@ def test_filters_narrow_table_and_file(open_page, start, doubtful, plain):
             page.wait_for_selector("text=Download CSV (1 of 4 rows)")
             shown[kind] = page.locator("#rows tr:visible .file").all_inner_texts()
         assert shown == {"=blue": ["blue.png"], "!failed": ["a.png"], "!unsure": ["yellow.png"]}
+        assert page.locator("#rows tr:visible .answer").text_content() == "red not sure"
         page.select_option("#label", "")
         page.fill("#high", "90")
         page.wait_for_selector("text=Download CSV (1 of 4 rows)")
@@ -455,6 +456,7 @@ def test_a_batch_of_several_labels(open_page, start, plain, tmp_path):
         page.set_input_files("#files", [picture(plain, colour) for colour in ("yellow", "black", "red")])
         page.wait_for_selector("#download:enabled")
         assert page.locator("#rows .answer").all_inner_texts() == ["red, green", "none of the labels", "red"]
+        assert page.locator("#rows .share").all_inner_texts() == ["over 99 %", "", "over 99 %"]
         assert [row[1] for row in download(page)] == ["label", "red|green", "", "red"]
         page.select_option("#label", "=green")
         page.wait_for_selector("text=Download CSV (1 of 3 rows)")

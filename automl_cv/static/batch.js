@@ -78,9 +78,12 @@ function drawRow({ element, found, trouble }) {
   answer.replaceChildren(found ? names(found) : make("span", "soft", trouble ? "" : "waiting"));
   share.replaceChildren();
   [share.hidden, answer.colSpan] = [Boolean(trouble), trouble ? 2 : 1]; // what is wrong needs the room
-  if (found) share.append(make("span", "number", percent(found.confidence)), bar(found.confidence));
-  if (found?.uncertain) {
-    answer.append(make("span", "tag", found.reason === "unlike_training" ? "unlike the training" : "not sure"));
+  // The confidence is that of the best label: beside "none of the labels" it would say the opposite.
+  if (found && found.labels?.length !== 0) {
+    share.append(make("span", "number", percent(found.confidence)), bar(found.confidence));
+  }
+  if (found?.uncertain) { // the space keeps the words apart where only the text counts
+    answer.append(" ", make("span", "tag", found.reason === "unlike_training" ? "unlike the training" : "not sure"));
   }
   if (trouble) answer.replaceChildren(make("strong", "", trouble.title), make("span", "", trouble.detail));
 }
