@@ -251,6 +251,16 @@ def test_fits_a_phone(open_page, server, path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_long_class_names_fit_a_phone(open_page, start, doubtful, tmp_path):
+    copy = Path(shutil.copytree(doubtful, tmp_path / "model"))
+    info = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps(info | {"classes": ["Amanita muscaria var. guessowii " * 3, "b" * 80, "c"]}))
+    with start(copy) as server:
+        page = open_page(f"{server.url}/model", viewport={"width": 360, "height": 700})
+        assert page.locator(".confusion").count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def focused(page):
     return page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()")
 
