@@ -245,6 +245,14 @@ def test_dark_and_light(open_page, server, path):
     assert shades["dark"] < 60 < 200 < shades["light"]
 
 
+def test_buttons_have_borders_where_the_system_sets_the_colours(open_page, server):
+    for path, names in (("/", [".drop .button", "#camera"]), ("/batch", [".drop .button", "#choose-folder"])):
+        page = open_page(server.url + path, forced_colors="active")
+        for name in names:
+            style = page.locator(name).first.evaluate("part => getComputedStyle(part).border")
+            assert style.startswith("1px solid rgb(")  # rgba( is transparent
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_fits_a_phone(open_page, server, path):
     page = open_page(server.url + path, viewport={"width": 360, "height": 700})
