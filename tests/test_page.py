@@ -403,7 +403,10 @@ def test_the_lines_for_programs_have_the_address_that_people_see(open_page, serv
 
 
 def read_csv(saved):
-    return list(csv.reader(io.StringIO(Path(saved.value.path()).read_text(), newline="")))
+    """Read a table as Excel does: as UTF-8 where it begins with the mark."""
+    data = Path(saved.value.path()).read_bytes()
+    encoding = "utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "cp1252"
+    return list(csv.reader(io.StringIO(data.decode(encoding), newline="")))
 
 
 def download(page):
@@ -530,13 +533,13 @@ def test_stop_ends_the_uploading_and_keeps_what_came(open_page, server, plain):
 
 
 def test_a_folder_and_names_that_spreadsheets_would_run(open_page, server, plain, tmp_path):
-    for name in ("in/=1+1.png", "in/b,\"c\".png", "in/.hidden", "in/__MACOSX/x.png"):
+    for name in ("in/=1+1.png", "in/Bär,\"c\".png", "in/.hidden", "in/__MACOSX/x.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(plain("red"))
     page = open_page(f"{server.url}/batch")
     page.set_input_files("#folder", tmp_path / "in")
     page.wait_for_selector("#download:enabled")
-    assert sorted(row[0] for row in download(page)[1:]) == ["in/=1+1.png", 'in/b,"c".png']
+    assert sorted(row[0] for row in download(page)[1:]) == ["in/=1+1.png", 'in/Bär,"c".png']
     assert page.inner_text("#status") == "2 files done, 2 hidden files left out"
     page.evaluate(GIVE, ["drop", ["=1+1.png", "-a.png", "@b.png"], list(plain("red"))])
     page.wait_for_selector("text=5 files done")

@@ -12,6 +12,8 @@ const OWN = ["file", "label", "confidence", "error"];
 // As the service's own tables do it: of several labels all, and nothing where there is none.
 const named = (found) => (found.labels ? found.labels.map((share) => share.label).join("|") : found.label);
 
+const MARK = "\ufeff"; // without it Excel reads UTF-8 as something older, and spoils every umlaut
+
 /** Write rows of {name, found} or {name, trouble}: file, label, confidence, one column per class, error. */
 export function writeCsv(rows, classes, ranking) {
   const columns = classes.map((label) => (OWN.includes(label) ? `class ${label}` : label));
@@ -21,7 +23,7 @@ export function writeCsv(rows, classes, ranking) {
     const figures = classes.map((label) => shares.get(label) ?? "");
     return line([name, found ? named(found) : "", found?.confidence ?? "", ...figures, trouble?.code ?? ""]);
   });
-  return head + body.join("");
+  return MARK + head + body.join("");
 }
 
 /** Let the browser save a text as a file. */
