@@ -98,7 +98,7 @@ def ask(
     """Send one picture to a service. Raises AutomlError: the service's, not_ready, wrong_parameter_type."""
     if not url.startswith(("http://", "https://")):
         raise AutomlError("wrong_parameter_type", f"{url!r} is no address.", "Write http:// before it.")
-    address = f"{url}/predict" + (f"?{urlencode(options)}" if options else "")
+    address = f"{url.rstrip('/')}/predict" + (f"?{urlencode(options)}" if options else "")
     for tried in range(tries):
         try:
             return _send(address, data, timeout, headers or {})
@@ -121,7 +121,7 @@ def wait_ready(
     opener: urllib.request.OpenerDirector = OPENER,  # how to get there
 ) -> None:
     """Return as soon as a service is ready. Raises AutomlError not_ready."""
-    request = urllib.request.Request(f"{url}/health/ready", headers=dict(headers or {}))
+    request = urllib.request.Request(f"{url.rstrip('/')}/health/ready", headers=dict(headers or {}))
     end, said = time.monotonic() + seconds, "nothing"
     while alive() and time.monotonic() < end:
         try:
@@ -151,7 +151,7 @@ class Client:
         except OSError as error:
             raise AutomlError("source_not_found",
                               f"The file cannot be read ({type(error).__name__}).") from None
-        return ask(self.url.rstrip("/"), data, self.timeout, self.tries, self.headers, **options)
+        return ask(self.url, data, self.timeout, self.tries, self.headers, **options)
 
     def predict_many(
         self,
