@@ -63,17 +63,17 @@ def _files(tensor: dict[str, Any]) -> list[bytes]:
         raise _wrong("The data of 'files' are not base64.") from None
 
 # %% ../nbs/05dc_protocol.ipynb #9e4e0c6c
-def _read(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(body: bytes) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     try:
         request = json.loads(body)
         (tensor,) = request["inputs"]
         named = {"images": "UINT8", "files": "BYTES"}[tensor["name"]] == tensor["datatype"]
-        wanted = [output["name"] for output in request.get("outputs", [])]
+        wanted = [output["name"] for output in request.get("outputs") or []]  # some write null for none
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _wrong("The request is not JSON with one input, 'images' or 'files'.") from None
     if not named or not all(isinstance(name, str) and name in OUTPUTS for name in wanted):
         raise _wrong("The input's datatype or an output's name is not one of this model's.")
-    return request, tensor
+    return request, tensor, wanted or list(OUTPUTS)
 
 # %% ../nbs/05dc_protocol.ipynb #180ebe9d
 def _outputs(found: list[Prediction], wanted: list[str]) -> list[dict[str, Any]]:
@@ -90,12 +90,11 @@ def infer(
     body: bytes,  # an inference request, JSON
 ) -> tuple[dict[str, Any], list[Prediction]]:  # the protocol's response, and the answers in it
     """Answer an inference request. Raises AutomlError wrong_parameter_type, and a picture's codes."""
-    request, tensor = _read(body)
+    request, tensor, wanted = _read(body)
     if tensor["name"] == "images":
         found = [judge(predictor, image) for image in _images(tensor, predictor.policy.size)]
     else:
         found = [predictor.predict(data) for data in _files(tensor)]
-    wanted = [output["name"] for output in request.get("outputs", [])] or list(OUTPUTS)
     given = request.get("id")  # which JSON lets hold half a character
     identity = {"id": given.encode(errors="replace").decode()} if isinstance(given, str) else {}
     return {"model_name": predictor.info["name"], "model_version": predictor.version,
