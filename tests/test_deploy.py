@@ -231,6 +231,7 @@ def test_only_what_the_build_needs_leaves(room, bundle):
 def test_manifest_keeps_its_promises(name):
     spec = yaml.safe_load((ROOT / f"deploy/{name}.yaml").read_text())["spec"]["template"]
     notes, (container,) = spec["metadata"]["annotations"], spec["spec"]["containers"]
+    assert spec["spec"]["timeoutSeconds"] == 300
     assert notes["autoscaling.knative.dev/minScale"] == "0" and notes["run.googleapis.com/startup-cpu-boost"] == "true"
     assert container["startupProbe"]["httpGet"]["path"] == "/health/ready"
     assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
