@@ -226,6 +226,16 @@ def test_a_lost_connection_is_tried_again(open_page, server, plain):
     assert page.inner_text("#label") == "green"
 
 
+def test_an_upload_that_was_too_slow_can_be_tried_again(open_page, server, plain):
+    page = open_page(server.url)
+    page.route("**/predict?*", lambda route: route.fulfill(status=408, json={"title": "The upload is too slow", "detail": "Try again."}))
+    page.set_input_files("#file", picture(plain, "green"))
+    page.wait_for_selector("#again:visible")
+    page.unroute("**/predict?*")
+    page.click("#again")
+    page.wait_for_selector("#answer:visible")
+
+
 def test_too_large_is_told_without_sending(open_page, server, tmp_path):
     (tmp_path / "a.jpg").touch()
     os.truncate(tmp_path / "a.jpg", 10 * 2**20 + 1)
@@ -508,6 +518,28 @@ def test_failed_rows_are_tried_again(open_page, server, plain):
     page.wait_for_selector("#rows tr.failed", state="detached")
     page.wait_for_selector("#download:enabled")
     assert [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["blue.png", "blue"]]
+
+
+def test_a_line_too_slow_for_four_pictures_gets_them_one_by_one(open_page, server, plain):
+    page, sent = open_page(f"{server.url}/batch"), []
+    page.route("**/predict?*", lambda route: sent.append(route))
+    page.set_input_files("#files", [picture(plain, "red") | {"name": f"{n}.png"} for n in range(6)])
+
+    def wait_for(count):
+        end = time.monotonic() + 10
+        while len(sent) < count and time.monotonic() < end:
+            page.wait_for_timeout(20)
+        page.wait_for_timeout(100)
+        assert len(sent) == count  # and no other
+
+    wait_for(4)
+    for route in sent[:]:
+        route.fulfill(status=408, json={"title": "The upload is too slow", "detail": "Try again.", "code": "too_slow"})
+    for count in range(5, 11):
+        wait_for(count)
+        sent[-1].continue_()
+    page.wait_for_selector("#download:enabled")
+    assert page.inner_text("#status") == "6 files done"
 
 
 def test_stop_ends_the_uploading_and_keeps_what_came(open_page, server, plain):

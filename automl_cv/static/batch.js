@@ -9,13 +9,13 @@ const find = (id) => document.getElementById(id);
 const drop = find("drop");
 const maxBytes = Number(drop.dataset.maxBytes);
 const classes = JSON.parse(drop.dataset.classes);
-const AT_ONCE = 4; // enough to keep a small server's cores busy
 const PATIENCE = 5; // how often a busy server is asked for the same file
 const THUMBNAIL = 56; // side, CSS pixels
 const ROOM = 200; // rows drawn at once: a browser lays all of them out again for each answer
 let rows = []; // {name, file?, found?, trouble?, parts?, element}
 const queue = []; // jobs that wait: functions
 let room = ROOM;
+let atOnce = 4; // enough to keep a small server's cores busy; one, where the line is too slow for more
 let running = 0;
 let stop = new AbortController();
 let leftOut = 0; // files of the operating system, in folders
@@ -168,11 +168,16 @@ async function patiently(send, signal) {
 }
 
 async function workPicture(row, signal) {
+  const beside = atOnce - 1; // others that may share the line
   const drawn = signal.aborted || drawThumbnail(row.element.querySelector("canvas"), row.file);
   const send = () => classify(row.file, { topK: classes.length || 1, maxBytes, signal });
   try {
     [row.found, row.trouble] = [await patiently(send, signal), undefined];
   } catch (error) {
+    if (error.code === "too_slow" && beside) {
+      atOnce = 1;
+      return queue.unshift(() => workPicture(row, signal));
+    }
     [row.found, row.trouble] = [undefined, toTrouble(error)];
   }
   drawRow(row);
@@ -218,10 +223,10 @@ async function workZip(row, signal) {
 const work = (row) => (signal) => (isZip(row.name) ? workZip : workPicture)(row, signal);
 
 async function run() {
-  if (running >= AT_ONCE || !queue.length) return plan();
+  if (running >= atOnce || !queue.length) return plan();
   running += 1;
   plan();
-  while (queue.length) {
+  while (queue.length && running <= atOnce) {
     await queue.shift()();
     plan();
   }
@@ -233,7 +238,7 @@ function start(jobs) {
   if (stop.signal.aborted) stop = new AbortController();
   const { signal } = stop; // the one of now: what was stopped stays so when more is dropped
   for (const job of jobs) queue.push(() => job(signal)); // spread, a hundred thousand would be too many
-  for (let i = 0; i < AT_ONCE; i += 1) run();
+  for (let i = 0; i < atOnce; i += 1) run();
   refresh();
 }
 

@@ -50,7 +50,7 @@ async function explain(reply) {
   return new Trouble(title, problem.detail ?? `It answered with status ${reply.status}. Try again.`, {
     code: problem.code ?? `http_${reply.status}`,
     requestId: problem.request_id,
-    passes: reply.status >= 500 || reply.status === 429, // the same file may do better next time
+    passes: reply.status >= 500 || [408, 429].includes(reply.status), // the same file may do better next time
     busy: reply.status === 503 || reply.status === 429,
     seconds: Number(reply.headers.get("retry-after")) || 1,
   });
