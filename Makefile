@@ -33,6 +33,8 @@ IMAGE ?= automl_cv
 read_name = import json, sys; print(json.load(open(sys.argv[1]))["name"])
 image:
 	@test -f $(BUNDLE)/model.json || { echo "There is no bundle in $(BUNDLE): make image BUNDLE=..."; exit 2; }
+	@case $(patsubst ./%,%,$(BUNDLE:/=)) in outputs/runs/*/model) ;; *) \
+		echo "The build sees no bundle outside of outputs/runs/NAME/model. Copy it there."; exit 2;; esac
 	@set -e -- --build-arg BUNDLE=$(BUNDLE) --build-arg "REVISION=$$(git rev-parse HEAD 2>/dev/null)" \
 		--build-arg "MODEL=$$($(PYTHON) -c '$(read_name)' $(BUNDLE)/model.json)" \
 		--build-arg "MODEL_SHA256=$$(sha256sum $(BUNDLE)/model.onnx | cut -d ' ' -f 1)"; \

@@ -28,6 +28,11 @@ def test_ci_calls_the_readmes_command():
     assert re.search(r"^make demo .*\nmake test ", (ROOT / "README.md").read_text(), re.M)
 
 
+def test_image_of_a_bundle_that_the_build_cannot_see_is_refused(bundle):
+    done = subprocess.run(["make", "image", f"BUNDLE={bundle}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.startswith("The build sees no bundle outside of outputs/runs/")
+
+
 def test_second_call_sets_nothing_up(tmp_path):
     for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
