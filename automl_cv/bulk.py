@@ -102,7 +102,7 @@ def json_row(
 ) -> str:  # a line with its end
     """Write a row as JSON."""
     found = answer.answer() | more if isinstance(answer, Prediction) else {
-        "code": answer.code, "detail": str(answer)}
+        "code": answer.code, "title": answer.title, "detail": str(answer)}
     return json.dumps({"file": name} | found, ensure_ascii=False) + "\n"
 
 # %% ../nbs/05db_bulk.ipynb #acf0698c

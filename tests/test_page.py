@@ -586,6 +586,7 @@ def test_a_zip_goes_as_it_is(open_page, server, plain, tmp_path):
     page.set_input_files("#files", tmp_path / "some.zip")
     page.wait_for_selector("text=2 files done, 1 failed")
     assert [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["bad.png", ""]]
+    assert page.inner_text("#rows .failed strong") == "The file is not a picture"
     page.context.set_offline(True)
     page.set_input_files("#files", tmp_path / "some.zip")
     page.wait_for_selector("#rows:has-text('The service did not answer')")

@@ -184,15 +184,10 @@ async function workPicture(row, signal) {
   await drawn; // no more pictures in memory than are under way
 }
 
-function inWords(code) {
-  const words = code.replaceAll("_", " ");
-  return words[0].toUpperCase() + words.slice(1);
-}
-
 function readLine(text) {
   const { file, code, detail, title, ...found } = JSON.parse(text);
   const row = addRow(file);
-  if (code) row.trouble = new Trouble(title ?? inWords(code), detail, { code });
+  if (code) row.trouble = new Trouble(title, detail, { code });
   else row.found = found;
   drawRow(row);
   plan();
