@@ -214,6 +214,17 @@ def test_trouble_is_in_sight_on_a_phone_held_sideways(open_page, server):
     playwright.expect(page.locator("#trouble")).to_be_in_viewport(ratio=0.99)
 
 
+def test_an_answer_that_comes_late_hides_no_trouble(open_page, server, plain):
+    page, sent = open_page(server.url), []
+    page.route("**/predict?*", lambda route: sent.append(route))
+    page.set_input_files("#file", picture(plain, "green"))
+    page.wait_for_selector("#busy:visible")
+    page.evaluate(GIVE, ["drop", ["a.png", "b.png"], list(plain("red"))])
+    sent[0].fulfill(json={"label": "green", "confidence": 1, "class_index": 1})
+    page.wait_for_timeout(100)
+    assert page.inner_text("#trouble-title") == "One picture at a time" and page.is_hidden("#answer")
+
+
 def test_a_lost_connection_is_tried_again(open_page, server, plain):
     page = open_page(server.url)
     page.context.set_offline(True)

@@ -6,7 +6,7 @@ import { bar, classify, make, percent, ranking, Trouble } from "./service.js";
 const find = (id) => document.getElementById(id);
 const DOUBTS = ["low_confidence", "unlike_training"];
 const maxBytes = Number(find("drop").dataset.maxBytes);
-let pending = null; // the request under way: a newer picture replaces it
+let pending = null; // the request under way: whatever is given next replaces it
 let last = null; // the picture that was asked for last
 
 function show(state) {
@@ -69,7 +69,6 @@ function showPicture(file) {
 
 async function answer(file) {
   showPicture((last = file));
-  pending?.abort();
   const { signal } = (pending = new AbortController());
   show("busy");
   try {
@@ -83,6 +82,7 @@ async function answer(file) {
 }
 
 function take(items) {
+  pending?.abort();
   if (items.length === 1) answer(items[0].file);
   else if (items.length) showTrouble("One picture at a time", "Drop a single file, or send many on the page Batch.");
   else showTrouble("That was no file", "Save the picture on your computer first, then drop the file here.");
