@@ -22,6 +22,14 @@ def test_deployment_is_private_and_stores_no_key():
     assert "secrets." not in deploy and "workload_identity_provider" in deploy
 
 
+def test_bundle_is_fetched_into_the_folder_that_is_deployed():
+    """`gcloud storage cp --recursive URI FOLDER` fails without the folder, and makes another one inside it otherwise."""
+    deploy = (ROOT / ".github/workflows/deploy.yml").read_text()
+    assert ('mkdir -p outputs/runs/deploy/model && gcloud storage rsync "${{ vars.MODEL_URI }}" outputs/runs/deploy/model'
+            in deploy)
+    assert "gcloud storage cp" not in deploy and "automl-cv deploy outputs/runs/deploy/model " in deploy
+
+
 def test_ci_calls_the_readmes_command():
     assert "make test" in (ROOT / ".ci/run").read_text()
     assert "make test" in (ROOT / ".github/workflows/ci.yml").read_text()
