@@ -30,12 +30,13 @@ lab: $(READY)
 # A container image around a bundle. Where no Docker daemon runs, CONTAINER builds it, if that is there.
 CONTAINER ?= ../shared/tools/container
 IMAGE ?= automl_cv
+EXTRAS ?= serve
 read_name = import json, sys; print(json.load(open(sys.argv[1]))["name"])
 image:
 	@test -f $(BUNDLE)/model.json || { echo "There is no bundle in $(BUNDLE): make image BUNDLE=..."; exit 2; }
 	@case $(patsubst ./%,%,$(BUNDLE:/=)) in outputs/runs/*/model) ;; *) \
 		echo "The build sees no bundle outside of outputs/runs/NAME/model. Copy it there."; exit 2;; esac
-	@set -e -- --build-arg BUNDLE=$(BUNDLE) --build-arg "REVISION=$$(git rev-parse HEAD 2>/dev/null)" \
+	@set -e -- --build-arg BUNDLE=$(BUNDLE) --build-arg EXTRAS=$(EXTRAS) --build-arg "REVISION=$$(git rev-parse HEAD 2>/dev/null)" \
 		--build-arg "MODEL=$$($(PYTHON) -c '$(read_name)' $(BUNDLE)/model.json)" \
 		--build-arg "MODEL_SHA256=$$(sha256sum $(BUNDLE)/model.onnx | cut -d ' ' -f 1)"; \
 	if [ ! -f $(CONTAINER) ] || docker ps >/dev/null 2>&1; then docker build "$$@" -t $(IMAGE) .; \

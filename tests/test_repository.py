@@ -41,6 +41,12 @@ def test_image_of_a_bundle_that_the_build_cannot_see_is_refused(bundle):
     assert done.returncode == 2 and done.stdout.startswith("The build sees no bundle outside of outputs/runs/")
 
 
+def test_image_gets_the_extras_that_are_asked_for():
+    plan = ["make", "-n", "image"]
+    for more, extras in (([], "serve"), (["EXTRAS=serve,gcs"], "serve,gcs")):
+        assert f"--build-arg EXTRAS={extras} " in subprocess.run(plan + more, cwd=ROOT, capture_output=True, text=True).stdout
+
+
 def test_second_call_sets_nothing_up(tmp_path):
     for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
