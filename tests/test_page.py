@@ -74,6 +74,7 @@ def test_choose_a_file(open_page, server, plain):
     assert page.inner_text("#sure") == "over 99 % sure"
     assert page.inner_text("#shares").split() == ["green", "under", "1", "%", "blue", "under", "1", "%"]
     assert page.locator("#preview").evaluate("image => image.naturalWidth") == 64
+    assert page.get_by_role("button", name="Your picture red.png Choose another one", exact=True).count() == 1
 
 
 def test_several_labels(open_page, start, plain, tmp_path):

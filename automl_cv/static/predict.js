@@ -61,10 +61,9 @@ function showPicture(file) {
   if (image.src) URL.revokeObjectURL(image.src);
   image.hidden = false;
   image.src = URL.createObjectURL(file);
-  image.alt = `Your picture ${file.name}`;
   find("name").textContent = file.name;
   find("prompt").hidden = true;
-  find("figure").hidden = false;
+  find("given").hidden = false;
 }
 
 async function answer(file) {
