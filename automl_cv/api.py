@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query
+from pydantic import Field
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -38,17 +39,17 @@ class Share:
 @dataclass
 class Answer:
     """The answer to one picture. A model for several labels adds `labels`: those found, perhaps none."""
-    label: str  # the most probable class
-    confidence: float  # its probability, 0 to 1
-    class_index: int  # its place in the order of classes
-    labels: list[Share] | None = None  # only from a model for several labels: those found, in that order
-    uncertain: bool | None = None  # only from a model that states an accuracy: whether to distrust the answer
-    reason: str | None = None  # with it: "low_confidence", "unlike_training", or nothing
-    outlier: float | None = None  # only from a model that knows its training pictures: the distance to them
-    top_k: list[Share] | None = None  # only when asked for: the most probable classes
-    probabilities: list[Share] | None = None  # only when asked for: all classes, in the model's order
-    model: dict[str, str] | None = None  # only when asked for: its name, version and sha256
-    notes: list[str] | None = None  # only when asked for: what was done to the picture
+    label: Annotated[str, Field(description="the most probable class")]
+    confidence: Annotated[float, Field(description="its probability, 0 to 1")]
+    class_index: Annotated[int, Field(description="its place in the order of classes")]
+    labels: Annotated[list[Share] | None, Field(description="those found, where there may be several")] = None
+    uncertain: Annotated[bool | None, Field(description="whether to distrust the answer, if known")] = None
+    reason: Annotated[str | None, Field(description="why: low_confidence, unlike_training, or none")] = None
+    outlier: Annotated[float | None, Field(description="distance to the training pictures, if known")] = None
+    top_k: Annotated[list[Share] | None, Field(description="the most probable classes, if asked for")] = None
+    probabilities: Annotated[list[Share] | None, Field(description="of all classes, if asked for")] = None
+    model: Annotated[dict[str, str] | None, Field(description="name, version, sha256, if asked for")] = None
+    notes: Annotated[list[str] | None, Field(description="what was done to the picture, if asked")] = None
 
 # %% ../nbs/05df_api.ipynb #572f507e
 EXAMPLE = {"label": "mountain", "confidence": 0.9627, "class_index": 2}

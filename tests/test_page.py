@@ -347,6 +347,13 @@ def test_the_curl_line_is_the_real_one(open_page, server):
     assert f"curl {server.url}/health/ready" in page.inner_text("main")
 
 
+def test_the_page_for_programmers_explains_what_it_shows(open_page, server):
+    page = open_page(f"{server.url}/docs")
+    rows = [row.split("\t") for row in page.locator("tr").all_inner_texts()]
+    assert ["format", "json or csv", "a JSON line for each file, or a table"] in rows
+    assert ["reason", "why: low_confidence, unlike_training, or none"] in rows
+
+
 def test_hostile_class_names_and_a_dead_service(open_page, start, bundle, plain, tmp_path):
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     info = json.loads((copy / "model.json").read_text())
