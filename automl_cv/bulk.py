@@ -114,15 +114,17 @@ def _csv_line(cells: Iterable[str]) -> str:
 # %% ../nbs/05db_bulk.ipynb #e9ed787a
 def csv_head(
     classes: list[str],  # in their order
+    doubts: bool = False,  # whether the bundle says when to distrust an answer
 ) -> str:  # a line with its end
     """Write the names of the columns."""
-    return _csv_line(table_columns(classes))
+    return _csv_line(table_columns(classes, doubts))
 
 # %% ../nbs/05db_bulk.ipynb #4431cf4d
 def csv_row(
     name: str,  # the file's
     answer: Prediction | AutomlError,  # what was found, or why not
     classes: list[str],  # in their order
+    doubts: bool = False,  # whether the bundle says when to distrust an answer
 ) -> str:  # a line with its end
     """Write a row as CSV: a probability for each class, or the code of an error."""
-    return _csv_line(prediction_row(name, answer, len(classes)))
+    return _csv_line(prediction_row(name, answer, len(classes), doubts))

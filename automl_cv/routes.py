@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from . import __version__
+from .batch import can_doubt
 from .bodies import MAX_BATCH, many_files, one_body
 from .bulk import Upload, answer_uploads, csv_head, csv_row, json_row, list_uploads
 from .core import AutomlError
@@ -58,16 +59,16 @@ UPLOADS = {"requestBody": {"required": True, "content": {
 # %% ../nbs/05de_routes.ipynb #7cc80214
 async def _rows(request: Request, predictor: Predictor, uploads: list[Upload], top_k: int,
                 everything: bool, kind: str) -> AsyncIterator[str]:
-    classes, metrics = predictor.classes, request.app.state.metrics
+    classes, doubts, metrics = predictor.classes, can_doubt(predictor), request.app.state.metrics
     if kind == "csv":
-        yield csv_head(classes)
+        yield csv_head(classes, doubts)
     async with aclosing(answer_uploads(request.app.state.pool, predictor, uploads)) as answers:
         async for name, found in answers:
             good = isinstance(found, Prediction)
             if good:
                 metrics.count(found, predictor.version)
             more = extras(found, classes, top_k, everything) if good else {}
-            yield csv_row(name, found, classes) if kind == "csv" else json_row(name, found, more)
+            yield csv_row(name, found, classes, doubts) if kind == "csv" else json_row(name, found, more)
 
 # %% ../nbs/05de_routes.ipynb #6d4fb960
 STALL_SECONDS = 60.0  # that a client may leave rows untaken

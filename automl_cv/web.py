@@ -39,6 +39,8 @@ def problem_response(
 ) -> JSONResponse:
     """Answer with a problem, and name the request."""
     body = problem | {"request_id": request.state.request_id}
+    if "/v2/" in request.scope.get("path", ""):  # the Open Inference Protocol has its own word for it
+        body["error"] = problem["detail"]
     return JSONResponse(body, problem["status"], headers, PROBLEM)
 
 # %% ../nbs/05a_web.ipynb #120cf128

@@ -488,11 +488,16 @@ def test_filters_narrow_table_and_file(open_page, start, doubtful, plain):
             page.wait_for_selector("text=Download CSV (1 of 4 rows)")
             shown[kind] = page.locator("#rows tr:visible .file").all_inner_texts()
         assert shown == {"=blue": ["blue.png"], "!failed": ["a.png"], "!unsure": ["yellow.png"]}
+        files = [("files", ("yellow.png", plain("yellow"))), ("files", ("a.png", b"x"))]
+        told = httpx.post(f"{server.url}/predict/batch?format=csv", files=files, trust_env=False).text.split("\r\n")
+        assert told[0] == "file,label,confidence,red,green,blue,uncertain,error"
+        assert told[1].endswith(",low_confidence,") and told[2] == "a.png,,,,,,,not_an_image"
         assert page.locator("#rows tr:visible .answer").text_content() == "red not sure"
         page.select_option("#label", "")
         page.fill("#high", "90")
         page.wait_for_selector("text=Download CSV (1 of 4 rows)")
-        assert [row[0] for row in download(page)] == ["file", "yellow.png"]
+        assert [[row[0], *row[-2:]] for row in download(page)] == [
+            ["file", "uncertain", "error"], ["yellow.png", "low_confidence", ""]]
         page.fill("#low", "80")
         page.wait_for_selector("#nothing:visible")
         assert page.is_disabled("#download")

@@ -7,21 +7,23 @@ const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}
 
 const line = (cells) => `${cells.map((cell) => quote(typeof cell === "string" ? safe(cell) : String(cell))).join(",")}\r\n`;
 
-const OWN = ["file", "label", "confidence", "error"];
+const OWN = ["file", "label", "confidence", "uncertain", "error"];
 
 // As the service's own tables do it: of several labels all, and nothing where there is none.
 const named = (found) => (found.labels ? found.labels.map((share) => share.label).join("|") : found.label);
 
 const MARK = "\ufeff"; // without it Excel reads UTF-8 as something older, and spoils every umlaut
 
-/** Write rows of {name, found} or {name, trouble}: file, label, confidence, one column per class, error. */
+/** Write rows of {name, found} or {name, trouble}: file, label, confidence, one column per class, perhaps doubt, error. */
 export function writeCsv(rows, classes, ranking) {
+  const doubts = rows.some(({ found }) => found && "uncertain" in found);
   const columns = classes.map((label) => (OWN.includes(label) ? `class ${label}` : label));
-  const head = line(["file", "label", "confidence", ...columns, "error"]);
+  const head = line(["file", "label", "confidence", ...columns, ...(doubts ? ["uncertain"] : []), "error"]);
   const body = rows.map(({ name, found, trouble }) => {
     const shares = new Map((found ? ranking(found) : []).map((share) => [share.label, share.probability]));
     const figures = classes.map((label) => shares.get(label) ?? "");
-    return line([name, found ? named(found) : "", found?.confidence ?? "", ...figures, trouble?.code ?? ""]);
+    const doubt = doubts ? [found?.reason ?? ""] : [];
+    return line([name, found ? named(found) : "", found?.confidence ?? "", ...figures, ...doubt, trouble?.code ?? ""]);
   });
   return MARK + head + body.join("");
 }
