@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import AutomlError
-from .items import SEPARATOR, SPLITS, Item, clean_label, why_ignored
+from .items import SEPARATOR, SPLITS, Item, clean_label, telling_paths, why_ignored
 from .rows import MAX_TABLE, Table, frame_rows, read_table
 
 # %% ../nbs/00e_tables.ipynb #c0893e50
@@ -191,13 +191,11 @@ def find_table(
     items: list[Item],  # all files of a folder or an archive
 ) -> Item | None:  # its label table, or None
     """Find the table at the root of a source, looking through a folder around everything."""
-    names = [item.name.split("/") for item in items if not item.status]
-    depth = min((len(name) for name in names if name[-1].lower() in TABLES), default=0)
-    found = [item for item in items if not item.status and item.name.count("/") == depth - 1
-             and posixpath.basename(item.name).lower() in TABLES]
-    if not found or len({tuple(name[:depth - 1]) for name in names}) > 1:
-        return None
-    return min(found, key=lambda item: TABLES.index(posixpath.basename(item.name).lower()))
+    tables = [item for item in items if not item.status and posixpath.basename(item.name).lower() in TABLES]
+    depth = min((item.name.count("/") for item in tables), default=0)
+    roots = {"/".join(path[:depth]) for path in telling_paths(items)}
+    found = [item for item in tables if roots == {posixpath.dirname(item.name)}]
+    return min(found, key=lambda item: TABLES.index(posixpath.basename(item.name).lower()), default=None)
 
 # %% ../nbs/00e_tables.ipynb #76ab4906
 Find = Callable[[list[str]], list[Item]]  # of addresses, the objects that are there, named by their addresses
