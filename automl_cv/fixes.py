@@ -77,9 +77,9 @@ def _set_aside(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
 def _take_back(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
     labels = manifest.label.fillna("")
     for path in rows.path:
-        if manifest.reason[path] == "no_label" and not labels[path]:
+        if manifest.reason[path] in ("no_label", "conflict") and not labels[path]:
             raise AutomlError("wrong_parameter_type", f"{path} cannot be kept: nobody gave it a label.",
-                              "Move it into a class folder, or give it a label in the table.")
+                              "Move it into a class folder, or give it one label in the table.")
         if not manifest.width[path]:
             reason = manifest.reason[path]
             raise AutomlError(reason if reason in CODES else "damaged_image", f"{path} cannot be kept.",
@@ -95,7 +95,8 @@ def _check_value(value: str, task: str, what: str) -> None:
 
 # %% ../nbs/00n_fixes.ipynb #be678806
 def _decide_conflicts(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
-    conflicts = manifest[manifest.path.isin(rows.path) & (manifest.reason == "conflict")]
+    decoded = manifest.reason.eq("conflict") & (manifest.width > 0)
+    conflicts = manifest[manifest.path.isin(rows.path) & decoded]
     for _, same in conflicts.groupby("sha256", sort=False):
         if same.label.nunique() == 1:
             first, *others = same.path

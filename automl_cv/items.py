@@ -28,7 +28,7 @@ class Item:
     size: int = 0  # bytes, as far as the source knows
     stamp: str = ""  # changes whenever the content does; "" where the source cannot tell without reading
     group: str = ""  # whose picture it is, like a patient or a camera; "" where the source does not say
-    status: str = ""  # "ignored" or "quarantined" without being read, or "" to let the content decide
+    status: str = ""  # "ignored" without being read, "quarantined", or "" to let the content decide
     reason: str = ""  # why, as a stable code; "" where the content decides
     notes: str = ""  # the same in plain words
 

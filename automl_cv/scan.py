@@ -122,7 +122,7 @@ def read_all(
     """Look at every file that is not known yet. Raises AutomlError interrupted, source_unreachable."""
     seen, fresh = store.seen(), {}
     todo = [item for item in source.items
-            if not item.status and (not item.stamp or seen.get(item.name, ("",))[0] != item.stamp)]
+            if item.status != "ignored" and (not item.stamp or seen.get(item.name, ("",))[0] != item.stamp)]
     pool = ThreadPoolExecutor(source.readers)
     try:
         results = track(_windowed(pool, todo, 4 * source.readers), "reading pictures", len(todo))
