@@ -85,7 +85,9 @@ class Store:
 
     def seen(self) -> dict[str, tuple[str, str]]:  # name to stamp and sha256
         """Return the files whose content is known."""
-        rows = self.database.execute("SELECT name, stamp, sha256 FROM seen WHERE source = ?", [self.source])
+        rows = self.database.execute(
+            "SELECT name, stamp, sha256 FROM seen NATURAL JOIN facts WHERE source = ? AND version = ?",
+            [self.source, VERSION])
         return {name: (stamp, sha256) for name, stamp, sha256 in rows}
 
     def facts(self, sha256: str) -> dict[str, Any] | None:  # None where the content is unknown
