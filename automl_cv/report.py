@@ -65,7 +65,8 @@ def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
 
 # %% ../nbs/00o_report.ipynb #5ae4270f
 def _short(label: str) -> str:
-    return label if len(label) < 25 else f"{label[:24]}…"
+    text = label if len(label) < 25 else f"{label[:24]}…"
+    return text.replace("$", r"\$")  # else what two of them enclose is read as a formula
 
 # %% ../nbs/00o_report.ipynb #f749b818
 def draw_counts(
@@ -96,13 +97,14 @@ def draw_brightness(
     classes: list[str],  # the first twelve are drawn
 ) -> Figure:
     """Draw how bright the pictures of each class are."""
-    shown = used[used.label.isin(classes[:12])].assign(label=lambda rows: rows.label.map(_short))
+    shown = used[used.label.isin(classes[:12])]
     figure, axes = _axes(6, 1 + 0.3 * len(classes[:12]))
-    order = [label for label in map(_short, classes[:12]) if (shown.label == label).any()]
+    order = [label for label in classes[:12] if (shown.label == label).any()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # seaborn 0.13 names a parameter that matplotlib 3.11 renamed
         seaborn.boxplot(data=shown, x="brightness", y="label", order=order, color=COLOURS[0], fliersize=2,
                         ax=axes)
+    axes.set_yticks(range(len(order)), [*map(_short, order)])
     axes.set(xlabel="mean brightness, 0 black to 255 white", ylabel="", xlim=(0, 255))
     return figure
 
