@@ -195,8 +195,12 @@ def _open_remote(url: str, label: str, group: str) -> Source:
 # %% ../nbs/00h_sources.ipynb #a0ac4a2f
 def _open_folder(url: str, label: str, group: str) -> Source:
     folder = Path(url).expanduser()
-    warnings = tuple(f"The folder {name!r} holds no file, so it is no class." for name in list_empty(folder))
-    return _sort_out(url, open_folder(folder), label, group, warnings=warnings)
+    own = os.path.relpath(home().resolve(), folder.resolve()) + "/"
+    items = [replace(item, status="ignored", reason="system_file", notes="It lies in automl_cv's workspace.")
+             if item.name.startswith(own) else item for item in open_folder(folder)]
+    warnings = tuple(f"The folder {name!r} holds no file, so it is no class." for name in list_empty(folder)
+                     if not f"{name}/".startswith(own))
+    return _sort_out(url, items, label, group, warnings=warnings)
 
 # %% ../nbs/00h_sources.ipynb #06631fc8
 def _open_archive(url: str, label: str, group: str) -> Source:
