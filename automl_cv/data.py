@@ -47,8 +47,9 @@ def list_classes(
         raise AutomlError("no_class_folders", "The pictures lie in no class folders.",
                           "Make one folder per class, like data/cat/1.jpg and data/dog/2.jpg.")
     if used.empty:
-        raise AutomlError("no_usable_image", f"None of {len(manifest)} files is a usable picture.",
-                          "Check the path, or see the reasons in the manifest.")
+        reasons = [f"{many} {reason}" for reason, many in manifest.reason.value_counts().head().items()]
+        raise AutomlError("no_usable_image", f"None of {len(manifest)} files is a usable picture "
+                          f"({', '.join(reasons) or 'there are none'}).", "Check the path.")
     found = {part for label in set(used.label) for part in split_labels(label, task)}
     classes = sorted(found, key=natural_key)
     if len(classes) < 2:
