@@ -10,6 +10,7 @@ import errno
 import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -153,10 +154,21 @@ COLUMNS = ["id", "path", "sha256", "phash", "width", "height", "format", "mode",
            "status", "reason", "notes", "brightness", "contrast", "sharpness", "thumb"]
 
 # %% ../nbs/00m_scan.ipynb #4b3aa8b6
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise AutomlError("disk_trouble", f"What earlier scans found cannot be read or written: {error}.",
+                          f"Check space and rights of {home() / 'cache'}, or remove scan.db from it: "
+                          "only time is lost.") from None
+
+# %% ../nbs/00m_scan.ipynb #c879f596
+@_told()
 def scan(
     source: Source,  # an opened source
 ) -> pd.DataFrame:  # the manifest, one row per file found, with the columns of `COLUMNS`
-    """Describe every file of a source, reading only what is not known. Raises AutomlError interrupted."""
+    """Describe every file, reading only what is not known. Raises AutomlError interrupted, disk_trouble."""
     store = Store(source.url)
     fresh, seen, rows = read_all(source, store), store.seen(), []
     for number, item in enumerate(source.items):
