@@ -24,7 +24,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from .bounds import by_age, cache_bound
+from .bounds import by_age, cache_bound, touch
 from .core import AutomlError, check_stop, hash_bytes, home, say, track
 from .items import CORES, Item
 from .pixels import DATASET, Policy, stored
@@ -228,6 +228,5 @@ def find_or_decode(
             _make_room(len(missing), policy.store, {block.path for block, _ in found.values()})
             found |= _decode(source, missing, folder, policy) if missing else {}
     for path in {block.path for block, _ in found.values()}:
-        if path.exists():
-            os.utime(path)  # used now, for the bound
+        touch(path)
     return found
