@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from automl_cv import store
 from automl_cv.cache import decode_rows
 from automl_cv.core import AutomlError, hash_bytes, hash_file
 from automl_cv.pixels import DATASET, Policy, stored
@@ -200,3 +202,14 @@ def test_a_file_that_changed_is_named_and_the_rest_is_kept(photographs, tmp_path
                 decode_rows(str(folder), table[table.path == name], POLICY)
             assert caught.value.code == "source_changed"
     assert len(decode_rows(str(folder), rows[:4], POLICY)) == 4
+
+
+def test_there_may_be_more_blocks_than_open_files(photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "BLOCK_ROWS", 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        assert len(decode_rows(str(photographs[0]), photographs[1], POLICY)) == COUNT == len(blocks())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
