@@ -195,9 +195,12 @@ def find_missing_classes(
     return found
 
 # %% ../nbs/00j_audit.ipynb #b83414b2
+_BETWEEN = re.compile(r"(?<=[^\W\d_])[\s_.,'()-]+(?=\w)|(?<=\w)[\s_.,'()-]+(?=[^\W\d_])|[\s_.)]+$")
+
+
 def _letters(name: str) -> str:
-    parts = unicodedata.normalize("NFKD", name).casefold()
-    return "".join(letter for letter in parts if letter.isalnum())
+    plain = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", name).casefold())
+    return _BETWEEN.sub("", plain)
 
 # %% ../nbs/00j_audit.ipynb #b125af29
 def spellings(
