@@ -117,7 +117,7 @@ def find_odd_files(
     manifest: pd.DataFrame,  # one row per file, with `mode`, Pillow's name of how the pixels are stored
 ) -> list[Finding]:
     """Find what could not be used, odd pixel modes, and suffixes that name another format."""
-    bad = manifest[(manifest.status == "quarantined") & ~manifest.reason.isin(COPIES)]
+    bad = manifest[(manifest.status == "quarantined") & (manifest.width == 0) & ~manifest.reason.isin(COPIES)]
     found = [report("damaged", rows.path, f"{_many(len(rows), 'file')} cannot be used: {rows.notes.iloc[0]}",
                     len(rows), reason) for reason, rows in bad.groupby("reason")]
     rows = judged(manifest)
@@ -222,9 +222,10 @@ def find_similar_names(
     for name in counts.index:
         for spelling in spellings(name) - {""}:
             shared[spelling].add(name)
+    paths = rows.groupby("label").path.apply(lambda part: [*part[:SHOWN // 2]])
     for pair in sorted({pair for names in shared.values() for pair in combinations(sorted(names), 2)}):
         same = _letters(pair[0]) == _letters(pair[1])
-        examples = [path for name in pair for path in rows.path[rows.label == name][:SHOWN // 2]]
+        examples = [path for name in pair for path in paths[name]]
         found.append(report("same_class_names" if same else "similar_class_names", examples,
                             f"{pair[0]!r} and {pair[1]!r} may be one class.", 0, max(pair, key=counts.get)))
     return found
