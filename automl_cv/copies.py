@@ -6,8 +6,10 @@
 __all__ = ['VERSION', 'FIXES', 'set_copies_aside', 'search_twins', 'mark_twins', 'settle_twins']
 
 # %% ../nbs/00p_copies.ipynb #dba23cce
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 
@@ -22,16 +24,14 @@ FIXES = ("duplicates", "conflicts")  # what `set_copies_aside` does unless it is
 _ORDER = {"test": 0, "validation": 1, "train": 2, "": 3}
 
 # %% ../nbs/00p_copies.ipynb #e9d12b55
-def _judge_copies(group: pd.DataFrame) -> list[tuple[str, str]]:
-    if group.label.nunique() > 1:
-        labels = ", ".join(sorted(set(group.label)))
-        return [("conflict", f"The same bytes lie under {labels}.")] * len(group)
-    kept = group.split.map(_ORDER).argmin()
-    first = group.iloc[kept]
-    verdicts = [("duplicate" if split == first.split else "leaked", f"The same bytes as {first.path}.")
-                for split in group.split]
-    verdicts[kept] = ("", "")
-    return verdicts
+def _judge_copies(rows: list[Any]) -> dict[int, tuple[str, str]]:  # reason and notes, by index
+    labels = sorted({row.label for row in rows})
+    if len(labels) > 1:
+        return {row.Index: ("conflict", f"The same bytes lie under {', '.join(labels)}.") for row in rows}
+    first = min(rows, key=lambda row: _ORDER[row.split])
+    notes = f"The same bytes as {first.path}."
+    return {row.Index: ("duplicate" if row.split == first.split else "leaked", notes)
+            for row in rows if row is not first}
 
 # %% ../nbs/00p_copies.ipynb #f0e67c3d
 def set_copies_aside(
@@ -39,13 +39,16 @@ def set_copies_aside(
     kinds: Sequence[str] = FIXES,  # any of `FIXES`
 ) -> pd.DataFrame:  # with copies quarantined: reasons duplicate, leaked, conflict
     """Quarantine all but one of the files with the same bytes, and all of them where labels differ."""
-    manifest, wanted = manifest.copy(), {"": False, "conflict": "conflicts" in kinds,
-                                         "duplicate": "duplicates" in kinds, "leaked": "duplicates" in kinds}
-    judged = manifest[(manifest.status == "used") & (manifest.split != "unlabelled")]
-    for _, group in judged[judged.duplicated("sha256", keep=False)].groupby("sha256", sort=False):
-        for index, (reason, notes) in zip(group.index, _judge_copies(group)):
-            if wanted[reason]:
-                manifest.loc[index, ["status", "reason", "notes"]] = "quarantined", reason, notes
+    manifest, groups, verdicts = manifest.copy(), defaultdict(list), {}
+    rows = judged(manifest)
+    for row in rows[rows.duplicated("sha256", keep=False)].itertuples():
+        groups[row.sha256].append(row)
+    for group in groups.values():
+        verdicts |= _judge_copies(group)
+    wanted = {index: ("quarantined", *verdict) for index, verdict in verdicts.items()
+              if ("conflicts" if verdict[0] == "conflict" else "duplicates") in kinds}
+    if wanted:  # all at once: one by one took 43 s for 25,000 copies
+        manifest.loc[[*wanted], ["status", "reason", "notes"]] = [*wanted.values()]
     return manifest
 
 # %% ../nbs/00p_copies.ipynb #ff93303e

@@ -70,8 +70,9 @@ def read_review(
 
 # %% ../nbs/00n_fixes.ipynb #b38dba29
 def _set_aside(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
-    for row in rows[rows.path.isin(manifest.index[manifest.status == "used"])].itertuples():
-        manifest.loc[row.path, ["status", "reason", "notes"]] = "quarantined", row.kind, row.detail
+    rows = rows[rows.path.isin(manifest.index[manifest.status == "used"])].drop_duplicates("path")
+    manifest.loc[rows.path, "status"] = "quarantined"
+    manifest.loc[rows.path, "reason"], manifest.loc[rows.path, "notes"] = rows.kind.array, rows.detail.array
 
 # %% ../nbs/00n_fixes.ipynb #22d6e6ee
 def _take_back(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -84,7 +85,7 @@ def _take_back(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
             reason = manifest.reason[path]
             raise AutomlError(reason if reason in CODES else "damaged_image", f"{path} cannot be kept.",
                               "Only a picture that can be decoded can.")
-        manifest.loc[path, ["status", "reason", "notes"]] = "used", "", ""
+    manifest.loc[rows.path, ["status", "reason", "notes"]] = "used", "", ""
 
 # %% ../nbs/00n_fixes.ipynb #8001d9ec
 def _check_value(value: str, task: str, what: str) -> None:
