@@ -7,6 +7,8 @@ __all__ = ['FOLDS', 'COMPONENTS', 'SHRINKAGE', 'CAUGHT', 'ALIKE', 'plain_feature
            'rank_mislabels', 'find_mislabels', 'find_missing_labels', 'find_ambiguous', 'review', 'review_run']
 
 # %% ../nbs/01d_review.ipynb #1dacbea7
+from collections import defaultdict
+
 import numpy as np
 import pandas as pd
 from cleanlab.filter import find_label_issues
@@ -158,11 +160,13 @@ def find_ambiguous(
     classes: list[str],  # in their order
 ) -> list[Finding]:
     """Report pairs of classes that are often taken for each other."""
-    best, found = answers.argmax(axis=1), []
-    best[rank_mislabels(answers, targets)] = -1
-    for a, b in zip(*np.triu_indices(len(classes), 1)):
-        swapped = np.flatnonzero(((targets == a) & (best == b)) | ((targets == b) & (best == a)))
-        share = len(swapped) / np.isin(targets, (a, b)).sum()
+    best, mistakes = answers.argmax(axis=1), rank_mislabels(answers, targets)
+    best[mistakes] = targets[mistakes]  # which are reported by themselves
+    sizes, pairs, found = np.bincount(targets, minlength=len(classes)), defaultdict(list), []
+    for i in np.flatnonzero(best != targets):
+        pairs[min(targets[i], best[i]), max(targets[i], best[i])].append(i)
+    for (a, b), members in sorted(pairs.items()):
+        swapped, share = np.array(members), len(members) / (sizes[a] + sizes[b])
         if share >= ALIKE:
             worst = swapped[np.argsort(answers[swapped, targets[swapped]], kind="stable")]
             text = f"{classes[a]!r} and {classes[b]!r} are taken for each other in {share:.0%} of cases."
