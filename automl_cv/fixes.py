@@ -95,9 +95,9 @@ def _check_value(value: str, task: str, what: str) -> None:
         raise AutomlError("wrong_parameter_type", f"{what}, but {value!r} names several classes.")
 
 # %% ../nbs/00n_fixes.ipynb #be678806
-def _decide_conflicts(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
+def _decide_conflicts(manifest: pd.DataFrame, paths: pd.Series) -> None:
     decoded = manifest.reason.eq("conflict") & (manifest.width > 0)
-    conflicts = manifest[manifest.path.isin(rows.path) & decoded]
+    conflicts = manifest[manifest.path.isin(paths) & decoded]
     for _, same in conflicts.groupby("sha256", sort=False):
         if same.label.nunique() == 1:
             first, *others = same.path
@@ -110,7 +110,7 @@ def _relabel(manifest: pd.DataFrame, rows: pd.DataFrame, task: str) -> None:
         names = [clean_label(name) for name in split_labels(value, task)]
         _check_value(value, task, f"{path} shall be relabelled")
         manifest.loc[path, "label"] = SEPARATOR.join(names)
-    _decide_conflicts(manifest, rows)
+    _decide_conflicts(manifest, rows.path)
 
 # %% ../nbs/00n_fixes.ipynb #816b26f9
 def _join(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -135,6 +135,7 @@ def _merge(manifest: pd.DataFrame, rows: pd.DataFrame, task: str) -> None:
         renamed = [[clean_label(new) if name in names else name for name in split_labels(label, task)]
                    for label in manifest.label.fillna("")]
         manifest["label"] = [SEPARATOR.join(dict.fromkeys(labels)) for labels in renamed]
+        _decide_conflicts(manifest, manifest.path[manifest.label != ""])
 
 # %% ../nbs/00n_fixes.ipynb #3f5a8167
 def apply_review(
