@@ -72,7 +72,7 @@ def _find_files(items: list[Item], table: Table, folder: str) -> tuple[str, list
                                       "Begin the table with a line like file,label.")
                 return best, [found[best][cell] for cell in table.columns[best]]
     raise AutomlError("no_usable_image", "None of the files that the table names was found.",
-                      "Write paths relative to the folder of the table.")
+                      "Write paths relative to the folder of the table; a bare name must fit one file only.")
 
 # %% ../nbs/00e_tables.ipynb #ef79734f
 _ON, _OFF = {"1", "1.0", "true"}, {"0", "0.0", "false"}
@@ -93,8 +93,8 @@ def _read_labels(table: Table, column: str, others: list[str]) -> tuple[list[str
     values = {name: [cell.strip().lower() for cell in table.columns[name]] for name in others}
     names = [name for name in others if {""} != set(values[name]) <= _ON | _OFF | {""}]
     if len(names) < 2:
-        raise AutomlError("bad_table", "The table has no column of labels.",
-                          f"Name one of these: {', '.join(others[:20])}.")
+        hint = f"Name one of these: {', '.join(others[:20])}." if others else "Add one named label."
+        raise AutomlError("bad_table", "The table has no column of labels.", hint)
     rows = zip(*(values[name] for name in names))
     return [None if "" in row else _join(name for name, cell in zip(names, row) if cell in _ON)
             for row in rows], "multilabel"
@@ -109,8 +109,9 @@ class Labelled:
     warnings: tuple[str, ...]  # in plain words
 
 # %% ../nbs/00e_tables.ipynb #a877cdf3
-BAD_ROWS = {"missing_file": "name a file that is not there", "duplicate": "repeat an earlier row",
-            "conflict": "contradict each other; their files were set aside", "empty_label": "give no label",
+BAD_ROWS = {"missing_file": "name no file that is there, or several of one name",
+            "duplicate": "repeat an earlier row", "empty_label": "give no label",
+            "conflict": "contradict each other; their files were set aside (several labels share one, a|b)",
             "line_too_long": "are over 1 MiB long", "unreadable_row": "cannot be read"}
 
 # %% ../nbs/00e_tables.ipynb #98252c72
@@ -157,7 +158,8 @@ def _read_splits(cells: list[str], warnings: list[str]) -> list[str]:
     names = [cell.strip().lower() for cell in cells]
     unknown = sorted(set(names) - set(SPLITS) - {""})
     if unknown:
-        warnings.append(f"Splits of the table that are unknown and were left out: {', '.join(unknown[:5])}.")
+        warnings.append(f"Splits of the table that are unknown: {', '.join(unknown[:5])}. "
+                        "Their pictures are split as if none had been given.")
     return [SPLITS.get(name, "") for name in names]
 
 # %% ../nbs/00e_tables.ipynb #8de1459b
