@@ -10,6 +10,7 @@ __all__ = ['PATHS', 'LABELS', 'GROUPS', 'BAD_ROWS', 'TABLES', 'Find', 'Labelled'
 import posixpath
 import stat
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,6 +164,16 @@ def _read_splits(cells: list[str], warnings: list[str]) -> list[str]:
     return [SPLITS.get(name, "") for name in names]
 
 # %% ../nbs/00e_tables.ipynb #8de1459b
+def _warn_of_torn(items: list[Item]) -> Iterator[str]:
+    splits: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        splits[item.group].add(item.split or "train")
+    torn = sorted(group for group, names in splits.items() if group and len(names - {"unlabelled"}) > 1)
+    if torn:
+        yield (f"Groups that lie in several splits of the table: {len(torn)}, like {torn[0]!r}. "
+               "What is learned from one part is tested on the other, and the figures will be too good.")
+
+# %% ../nbs/00e_tables.ipynb #ea1971f6
 def label_items(
     items: list[Item],  # files of a source, without the table itself
     table: Table,
@@ -183,7 +194,7 @@ def label_items(
     groups = [cell.strip() for cell in table.columns.get(grouped, empty)]
     first, clashes = _sort_rows(zip(table.lines, places, zip(labels, splits, groups)), bad)
     named = [_apply(item, first.get(i), clashes.get(i, set())) for i, item in enumerate(items)]
-    return Labelled(named, task, bad, (*warnings, *_warn(bad)))
+    return Labelled(named, task, bad, (*warnings, *_warn(bad), *_warn_of_torn(named)))
 
 # %% ../nbs/00e_tables.ipynb #3bff7eb1
 TABLES = ("labels.csv", "labels.tsv", "labels.parquet", "labels.jsonl")
