@@ -45,7 +45,8 @@ def list_classes(
     used = manifest[(manifest.status == "used") & (manifest.split != "unlabelled")]
     if used.empty and (manifest.reason == "no_label").any():
         raise AutomlError("no_class_folders", "The pictures lie in no class folders.",
-                          "Make one folder per class, like data/cat/1.jpg and data/dog/2.jpg.")
+                          "Make one folder per class, like data/cat/1.jpg and data/dog/2.jpg, or add a "
+                          "labels.csv with the columns file and label.")
     if used.empty:
         reasons = [f"{many} {reason}" for reason, many in manifest.reason.value_counts().head().items()]
         raise AutomlError("no_usable_image", f"None of {len(manifest)} files is a usable picture "
