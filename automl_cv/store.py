@@ -79,6 +79,9 @@ def _fetch(item: Item, sha256: str, policy: Policy) -> np.ndarray:
         data = item.read()
         if hash_bytes(data) == sha256:
             return stored(data, policy, DATASET)
+    except ConnectionError as error:
+        raise AutomlError("source_unreachable", f"{item.name} cannot be fetched: {error}.",
+                          "Run the same command again later; what was decoded is kept.") from error
     except (OSError, AutomlError) as error:
         raise AutomlError("source_changed", f"{item.name} cannot be read any more.",
                           "Run step 1 again.") from error
@@ -230,7 +233,7 @@ def find_or_decode(
     wanted: dict[str, str],  # sha256 of a file to its path in the source
     policy: Policy,  # sizes and fit
 ) -> dict[str, Place]:  # sha256 to where the decoded picture is
-    """Find decoded pictures, and decode those that are missing. Raises AutomlError source_changed."""
+    """Find pictures, and decode what is missing. Raises AutomlError source_changed, source_unreachable."""
     _allow_many_files()
     folder = store_folder(policy)
     found = _find(folder, policy.store, wanted)
