@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .core import is_system
+from .core import hash_bytes, is_system
 
 # %% ../nbs/00c_items.ipynb #4677c0cb
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,8 @@ def clean_label(
     name: str,  # a folder's name or a cell of a table
 ) -> str:  # Unicode NFC, at most 100 characters
     """Spell a class name in one way only."""
-    return unicodedata.normalize("NFC", name).strip()[:100]
+    text = unicodedata.normalize("NFC", name).strip()
+    return text if len(text) <= 100 else f"{text[:91]} {hash_bytes(text.encode(errors='replace'))[:8]}"
 
 # %% ../nbs/00c_items.ipynb #c32bcf01
 def split_labels(
