@@ -146,9 +146,10 @@ def apply_review(
     """Carry out the actions of a table. Raises AutomlError unknown_parameter, source_changed and others."""
     table = pd.DataFrame({"kind": "reviewed", "detail": ""}, index=table.index).assign(**table)
     table["action"] = table.action.str.strip().str.lower()
+    table = table[table.path != ""]  # a spreadsheet leaves empty rows
     for action in table.action.unique():
         look_up(ACTIONS, action, "action")
-    table = table[(table.action != "look") & (table.path != "")]
+    table = table[table.action != "look"]
     result = manifest.set_index("path", drop=False)
     missing = [path for path in table.path if path not in result.index]
     if missing:

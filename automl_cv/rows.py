@@ -122,7 +122,8 @@ def _cell(value: Any) -> str:
         return SEPARATOR.join(map(_cell, value))
     if pd.isna(value):
         return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return text.encode(errors="replace").decode()  # JSON can hold half an emoji, which no file takes
 
 # %% ../nbs/00da_rows.ipynb #5a597e18
 def _read_jsonl(data: bytes) -> Table:
