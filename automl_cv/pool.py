@@ -106,6 +106,15 @@ class Job:
             self.future.set_exception(error) if error else self.future.set_result(answer)
 
 # %% ../nbs/05c_pool.ipynb #385b86a7
+def _try(work: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+    try:
+        return work(*args), None
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            return None, error
+        return None, RuntimeError(f"A job raised {error!r}.").with_traceback(error.__traceback__)
+
+# %% ../nbs/05c_pool.ipynb #e0f68015
 class Workers(Queue):
     """Threads that do one job after the other."""
 
@@ -127,18 +136,9 @@ class Workers(Queue):
             del job  # and with it the picture
 
     def _do(self, job: Job) -> None:
-        started = time.monotonic()
-        try:
-            answer = job.work(*job.args)
-        except Exception as error:
-            self._tell(job, started, None, error)
-            del job  # the error knows this frame: a circle would keep the picture
-        else:
-            self._tell(job, started, answer)
-
-    def _tell(self, job: Job, started: float, answer: Any, error: Exception | None = None) -> None:
+        started, outcome = time.monotonic(), _try(job.work, job.args)
         with suppress(RuntimeError):  # the loop may be closed
-            job.loop.call_soon_threadsafe(job.finish, self, time.monotonic() - started, answer, error)
+            job.loop.call_soon_threadsafe(job.finish, self, time.monotonic() - started, *outcome)
 
     def close(self) -> None:
         """Let the workers go when they have done what is in line."""
