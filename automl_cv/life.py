@@ -51,10 +51,8 @@ async def swap(
     async with app.state.swapping:
         fresh = await _arrived(begin_loading(app.state.where, 10))
         if fresh is not None:
-            app.state.predictor, workers = fresh, count_workers(fresh)
-            if workers != app.state.pool.workers:  # jobs of the old pool go on in it
-                app.state.pool.close()
-                app.state.pool = Pool(workers)
+            app.state.predictor = fresh
+            app.state.pool.resize(count_workers(fresh))
             LOG.info("Serving version %s.", fresh.version)
         return fresh is not None
 

@@ -123,10 +123,20 @@ class Workers(Queue):
         workers: int,  # threads, at least 1
         patience: float = PATIENCE,  # seconds that a job may wait
     ):
-        super().__init__(workers, patience)
+        super().__init__(0, patience)
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends a worker
-        for _ in range(workers):
+        self.resize(workers)
+
+    def resize(
+        self,
+        workers: int,  # threads, at least 1
+    ) -> None:
+        """Go on with more workers now, or with fewer when they have done what is in line."""
+        for _ in range(workers - self.workers):
             threading.Thread(target=self._serve, name="predict", daemon=True).start()
+        for _ in range(self.workers - workers):
+            self.jobs.put(None)
+        self.workers = workers
 
     def _serve(self) -> None:
         give_way()
