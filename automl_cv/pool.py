@@ -98,21 +98,23 @@ class Job:
         """Claim the job, to do it or to call it off. Only the first one gets it."""
         return self.claim.acquire(blocking=False)
 
-    def finish(self, queue: Queue, seconds: float, answer: Any, error: Exception | None) -> None:
+    def finish(self, queue: Queue, answer: Any, error: Exception | None, seconds: float) -> None:
         """Tell who waits, if somebody still does, and learn what the job cost."""
         queue.depth -= 1
         queue.cost += 0.1 * (seconds - queue.cost)
         if not self.future.done():
             self.future.set_exception(error) if error else self.future.set_result(answer)
+        del self.future  # else an error, the frame that waited and the job would be a circle
 
 # %% ../nbs/05c_pool.ipynb #385b86a7
-def _try(work: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+def _try(work: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None, float]:
+    started = time.monotonic()
     try:
-        return work(*args), None
+        return work(*args), None, time.monotonic() - started
     except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, StopIteration):
-            return None, error
-        return None, RuntimeError(f"A job raised {error!r}.").with_traceback(error.__traceback__)
+        if not isinstance(error, Exception) or isinstance(error, StopIteration):
+            error = RuntimeError(f"A job raised {error!r}.").with_traceback(error.__traceback__)
+        return None, error, time.monotonic() - started
 
 # %% ../nbs/05c_pool.ipynb #e0f68015
 class Workers(Queue):
@@ -142,13 +144,9 @@ class Workers(Queue):
         give_way()
         while job := self.jobs.get():
             if job.take():
-                self._do(job)
+                with suppress(RuntimeError):  # the loop may be closed
+                    job.loop.call_soon_threadsafe(job.finish, self, *_try(job.work, job.args))
             del job  # and with it the picture
-
-    def _do(self, job: Job) -> None:
-        started, outcome = time.monotonic(), _try(job.work, job.args)
-        with suppress(RuntimeError):  # the loop may be closed
-            job.loop.call_soon_threadsafe(job.finish, self, time.monotonic() - started, *outcome)
 
     def close(self) -> None:
         """Let the workers go when they have done what is in line."""
@@ -177,6 +175,7 @@ class Pool(Workers):
             if job.take():
                 self.depth -= 1
                 job.future.cancel()
+                job.args = ()  # the picture does not wait for a worker
         late = job.loop.call_later(2 * (self.patience if patience is None else patience), call_off)
         watch = asyncio.ensure_future(_drop_when_gone(receive, call_off)) if receive else None
         try:
