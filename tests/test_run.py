@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from automl_cv.champion import Candidate, write_row
 from automl_cv.cli import cli
 from automl_cv.core import AutomlError, Run, atomic_folder
 from automl_cv.steps import run_notebook
@@ -113,8 +114,12 @@ def test_notebooks_run_with_parameters(tmp_path):
     words = ("run", "demo:10", "--out", folder, "--notebooks", *TINY[:-6], "--trials", "2", "--max-epochs", "1",
              "--time", "none")
     kill_after(automl_cv(tmp_path, *words), "^3/6 tune")
+    Run(folder).write("openings", [{"at": "before", "purpose": "evaluate"}])  # whoever judged it may search on
+    rival = {"metric": "accuracy", "accuracy": 0.99, "low": 0.9, "high": 1.0, "loss": 9.0, "images": 50}
+    write_row(Run(folder), Candidate("rival", "head", "small_cnn", 32, rival))  # who lost by its log-loss
     status, out, err = call(tmp_path, "resume", folder)
     assert status == 0, err
+    assert [entry["at"] == "before" for entry in Run(folder).read("openings")] == [True, False]
     names = ["01_data", "02_baseline", "03_tune", "04_train", "05_evaluate", "06_serve"]
     assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == names
     cells = nbformat.read(folder / "notebooks/03_tune.ipynb", 4).cells
