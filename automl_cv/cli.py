@@ -44,7 +44,7 @@ def closing_lines(
                     f"          {run.path}/final_model_misclassified_images.png",
                     f"Tried     {run.path}/leaderboard.json, leaderboard.png",
                     f"Report    {run.path}/report.html",
-                    f"Bundle    {run.bundle}", "", f"Serve it  {command()} serve {run.bundle}",
+                    f"Bundle    {run.bundle}", "", f"Serve it  {command('serve', run.bundle)}",
                     "Ask it    curl -F file=@picture.jpg http://127.0.0.1:8000/predict"]
 
 # %% ../nbs/07a_cli.ipynb #692f44a3
@@ -83,7 +83,7 @@ def _new_run(folder: Path) -> Run:
     steps = Run(folder).read("steps", {"data": {"finished": ""}})
     if (folder / "request.json").exists() and "finished" in steps.get("data", {}):
         raise AutomlError("run_exists", f"{folder} holds a run.",
-                          f"Go on with {command()} resume {folder}, or choose another --out.")
+                          f"Go on with {command('resume', folder)}, or choose another --out.")
     return open_run(folder)
 
 # %% ../nbs/07a_cli.ipynb #b85682e5
@@ -179,14 +179,14 @@ def tune(
         done = {name: entry for name, entry in run.read("steps", {}).items() if name in ("data", "baseline")}
         if "finished" not in done.get("baseline", {}):
             raise AutomlError("step_missing", f"{folder} has no baseline yet.",
-                              f"Go on with {command()} resume {folder} first.")
+                              f"Go on with {command('resume', folder)} first.")
         words = {"workers": workers, "trials": trials, "max_epochs": max_epochs, "seconds": limit,
                  "storage": storage or None}
         said = {name: value for name, value in words.items() if value is not None}
         params = _search_params(run, request, said)
         run.write("steps", done | {"tune": {"params": params}})
         call_step("tune", params, run)
-    print(f"Train, evaluate and check with: {command()} resume {folder}")
+    print(f"Train, evaluate and check with: {command('resume', folder)}")
 
 # %% ../nbs/07a_cli.ipynb #4fcd516c
 def check_facts(

@@ -9,6 +9,7 @@ __all__ = ['command', 'told', 'find_bundle', 'part_name', 'classify_files', 'ser
 import argparse
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,12 +25,14 @@ from .places import fetch_bundle
 from .predict import Predictor, read_bundle
 
 # %% ../nbs/06b_commands.ipynb #07cafcaf
-def command() -> str:
-    """Return how to call this program from here, for the commands that it prints."""
-    called = Path(sys.argv[0]).absolute()
-    if called.name != "automl-cv" or not called.is_relative_to(Path.cwd()):
-        return "automl-cv"
-    return str(called.relative_to(Path.cwd()))
+def command(
+    *words: str | Path,  # behind the program's name
+) -> str:
+    """Return what to type here to call this program, for the commands that it prints."""
+    called, name = Path(sys.argv[0]).absolute(), "automl-cv"
+    if called.name == name and called.is_relative_to(Path.cwd()):
+        name = str(called.relative_to(Path.cwd()))
+    return shlex.join([name, *map(str, words)])
 
 # %% ../nbs/06b_commands.ipynb #4c4a543a
 def _as_known(error: BaseException) -> AutomlError:
@@ -54,7 +57,7 @@ def told(
         known = _as_known(error)
         print(f"error: {known} [{known.code}]", file=sys.stderr)
         if run and known.code == "interrupted":
-            print(f"Go on with: {command()} resume {run.path}", file=sys.stderr)
+            print(f"Go on with: {command('resume', run.path)}", file=sys.stderr)
         sys.exit(known.exit_code)
     except Exception as error:
         traceback.print_exc()
