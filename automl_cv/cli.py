@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['cli', 'Data', 'Bundle', 'Out', 'AsJson', 'LabelColumn', 'GroupColumn', 'Latency', 'Megabytes', 'Int8', 'Space',
-           'Storage', 'Workers', 'Fix', 'Apply', 'Gate', 'Folder', 'USUAL', 'closing_lines', 'run', 'resume', 'tune',
-           'check_facts', 'check_lines', 'check_folder', 'check', 'predict', 'serve', 'deploy', 'main']
+           'Storage', 'Workers', 'Fix', 'Apply', 'Gate', 'Folder', 'USUAL', 'closing_lines', 'whole_path', 'run',
+           'resume', 'tune', 'check_facts', 'check_lines', 'check_folder', 'check', 'predict', 'serve', 'deploy',
+           'main']
 
 # %% ../nbs/07a_cli.ipynb #eac0a841
 import json
@@ -78,6 +79,14 @@ def _finish(run: Run, request: Request, as_json: bool) -> None:
             results = run_pipeline(run, request)
         print(json.dumps(results) if as_json else "\n".join(closing_lines(run, results)))
 
+# %% ../nbs/07a_cli.ipynb #cc6765b5
+def whole_path(
+    data: str,  # a source
+) -> str:
+    """Write a file or a folder so that it is found from everywhere."""
+    drawn = re.fullmatch(r"demo(-multi)?(:\d+)?", data)  # also where a folder has this name
+    return data if drawn or not Path(data).exists() else str(Path(data).absolute())
+
 # %% ../nbs/07a_cli.ipynb #46f875ba
 def _new_run(folder: Path) -> Run:
     steps = Run(folder).read("steps", {"data": {"finished": ""}})
@@ -117,7 +126,7 @@ def run(
         chosen = look_up(PRESETS, preset, "preset")
         seconds = 0.0 if time_ == "none" else parse_time(time_) if time_ else chosen.seconds
         opened = _new_run(out or home() / "runs" / "latest")
-    request = Request(data, backbone, not scratch, transforms, size, seconds,
+    request = Request(whole_path(data), backbone, not scratch, transforms, size, seconds,
                       chosen.trials if trials < 0 else trials, max_epochs or chosen.max_epochs, epochs,
                       batch_size, min_accuracy, metric, max_latency_ms, max_size_mb, target_accuracy, int8,
                       space, storage, workers, name, seed, label, group, fix,
@@ -255,7 +264,7 @@ def check(
         run = open_run(out or check_folder(data))
         try:
             with _quiet(as_json):
-                run_step(str(run.path), data, label, group, fix, str(review or ""))
+                run_step(str(run.path), whole_path(data), label, group, fix, str(review or ""))
                 if deep:
                     from automl_cv.review import review_run
                     review_run(run, backbone)
