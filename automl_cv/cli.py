@@ -256,8 +256,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Read a data set, say what was found and what to do about it, and train nothing."""
-    from automl_cv.data import run_step
     with told(), stop_on_signals():
+        from automl_cv.data import run_step
         if out and (out / "request.json").exists():
             raise AutomlError("run_exists", f"{out} holds a run, whose split this would replace.",
                               "Choose another --out.")

@@ -42,6 +42,9 @@ def _as_known(error: BaseException) -> AutomlError:
         return AutomlError("interrupted", "Stopped at once.")
     if isinstance(error, MemoryError):
         return AutomlError("out_of_memory", "There was not enough memory.", "Try a smaller --size.")
+    if isinstance(error, ModuleNotFoundError):
+        return AutomlError("missing_extra", f"The package {error.name} is missing.",
+                           "Install automl_cv[serve,train].")
     return AutomlError("disk_trouble", f"A file could not be read or written: {error}.",
                        "Check space and rights.")
 
@@ -53,7 +56,7 @@ def told(
     """Turn errors into one line on stderr and an exit status."""
     try:
         yield
-    except (AutomlError, KeyboardInterrupt, MemoryError, OSError) as error:
+    except (AutomlError, KeyboardInterrupt, MemoryError, ModuleNotFoundError, OSError) as error:
         known = _as_known(error)
         print(f"error: {known} [{known.code}]", file=sys.stderr)
         if run and known.code == "interrupted":
@@ -166,7 +169,8 @@ def run_light(
 # %% ../nbs/06b_commands.ipynb #956e9ace
 def main() -> None:
     """Run the command line: all of it where Typer is installed, else the two commands."""
-    if find_spec("typer"):
-        import_module("automl_cv.cli").main()
-    else:
-        run_light(sys.argv[1:])
+    if not find_spec("typer"):
+        return run_light(sys.argv[1:])
+    with told():
+        cli = import_module("automl_cv.cli")
+    cli.main()
