@@ -288,7 +288,7 @@ def _run_one(step: str, request: Request, run: Run, execute: Execute) -> None:
     if "params" not in entry:  # a step that goes on keeps its plan
         entry["params"] = plan_step(step, request, run, left)
     run.write("steps", steps)
-    remaining = f", {left / 60:.1f} minutes left" if request.seconds else ""
+    remaining = f", {max(0.0, left) / 60:.1f} minutes left" if request.seconds else ""
     say(f"{list(STEPS).index(step) + 1}/6 {step}{remaining}")
     before = {name: entry.get(name, 0.0) for name in ("seconds", "cpu_seconds")}
 
