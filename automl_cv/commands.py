@@ -61,6 +61,8 @@ def told(
         print(f"error: {known} [{known.code}]", file=sys.stderr)
         if run and known.code == "interrupted":
             print(f"Go on with: {command('resume', run.path)}", file=sys.stderr)
+        if run and known.code == "below_gate":
+            print(f"Its figures and the model are in {run.path}.", file=sys.stderr)
         sys.exit(known.exit_code)
     except Exception as error:
         traceback.print_exc()
