@@ -36,6 +36,11 @@ def worth(
     value = -value if figures["metric"] == "loss" else value
     return float(value) if math.isfinite(value) else -math.inf
 
+
+def _called(figures: dict[str, Any]) -> str:
+    name = METRICS[figures["metric"]]
+    return f"{name} by folds" if figures.get("folds") else f"validation {name}"
+
 # %% ../nbs/01g_champion.ipynb #4a0751be
 def standard_error(
     figures: dict[str, Any],  # as a task's judge gives them
@@ -142,10 +147,6 @@ def read_rows(
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
     return (-_standing(row["figures"]) if row["figures"] else math.inf, row["seconds"])
 
-# %% ../nbs/01g_champion.ipynb #45c8ea4c
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
 # %% ../nbs/01g_champion.ipynb #c8f0b92e
 def _is_sound(figures: dict[str, Any]) -> bool:
     return all(math.isfinite(value) for value in figures.values() if isinstance(value, float))
@@ -153,7 +154,7 @@ def _is_sound(figures: dict[str, Any]) -> bool:
 # %% ../nbs/01g_champion.ipynb #40029f10
 def _write_row(run: Run, candidate: Candidate) -> None:
     candidate = replace(candidate, figures=candidate.figures if _is_sound(candidate.figures) else {})
-    row = {name: _plain(value) if isinstance(value, float) else value
+    row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
            for name, value in asdict(candidate).items()}
     others = [other for other in read_rows(run) if other["name"] != candidate.name]
     run.write("leaderboard", sorted([*others, row], key=_rank))
@@ -243,8 +244,8 @@ def offer(
     if candidate.reason:
         say(f"  {candidate.name} {candidate.reason}")
     if won:
-        metric = candidate.figures["metric"]
-        say(f"  champion: {candidate.name}, validation {METRICS[metric]} {candidate.figures[metric]:.4f}, "
+        figures = candidate.figures
+        say(f"  champion: {candidate.name}, {_called(figures)} {figures[figures['metric']]:.4f}, "
             f"{candidate.milliseconds:.1f} ms, {candidate.megabytes:.1f} MB")
     return won
 
@@ -303,7 +304,7 @@ def draw_leaderboard(
             axes.annotate(row.name, (row.milliseconds, row.score), (6, -12), textcoords="offset points")
         axes.legend(frameon=False, loc="lower right")
         interval = ", 95 % interval" if table.low.notna().any() else ""
-        axes.set(ylabel=f"validation {METRICS[table.metric.iloc[0]]}{interval}")
+        axes.set(ylabel=_called(read_rows(run)[0]["figures"]) + interval)
     axes.set(xlabel="CPU milliseconds per picture")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
