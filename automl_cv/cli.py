@@ -172,6 +172,13 @@ def _search_params(run: Run, request: Request, said: dict[str, Any]) -> dict[str
     return (begun.get("params") or plan_step("tune", asked, run, float("inf"))) | usual | said
 
 # %% ../nbs/07a_cli.ipynb #ec825a95
+def _knock(run: Run, storage: str) -> None:
+    from automl_cv.study import check_storage, open_study
+    if storage:
+        check_storage(storage)
+    open_study(run, storage)
+
+# %% ../nbs/07a_cli.ipynb #187119a6
 @cli.command()
 def tune(
     folder: Folder,
@@ -183,7 +190,7 @@ def tune(
 ) -> None:
     """Search on with several processes; start it on other machines too, with one --storage."""
     run, request = Run(folder), _asked(folder)
-    with told(), stop_on_signals():
+    with told(run), stop_on_signals():
         limit = (0.0 if time_ == "none" else parse_time(time_)) if time_ else None
         done = {name: entry for name, entry in run.read("steps", {}).items() if name in ("data", "baseline")}
         if "finished" not in done.get("baseline", {}):
@@ -193,6 +200,7 @@ def tune(
                  "storage": storage or None}
         said = {name: value for name, value in words.items() if value is not None}
         params = _search_params(run, request, said)
+        _knock(run, params["storage"])
         run.write("steps", done | {"tune": {"params": params}})
         call_step("tune", params, run)
     print(f"Train, evaluate and check with: {command('resume', folder)}")
