@@ -177,6 +177,7 @@ def _close(run: Run, record: Record) -> dict[str, Any]:
         record.log_file(run.path / file)
     record.log_tags({"pretrained": info["pretrained"], "weights": info["origin"],
                      "champion": info["candidate"]})
+    record.log_metrics({f"champion_{name}": value for name, value in info["validation"].items()})
     return {"config": info["config"], "pretrained": info["pretrained"], "origin": info["origin"],
             "champion": info["candidate"], "validation": info["validation"]}
 
