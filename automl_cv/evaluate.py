@@ -144,15 +144,14 @@ def run_step(
         results = collect_results(run, _judge(run, record, parity_images))
         run.write("results", results)
         record.log_file(run.path / "results.json")
-        if headline(results["final"]) >= min_accuracy:
-            register(record, run.bundle)
-    final, title = results["final"], TASKS[results["data"]["task"]].title
-    value = headline(final)
-    say(f"  test {title} {100 * value:.1f} %")
-    if final.get("kept_accuracy") is not None:
-        say(f"  {100 * final['kept_accuracy']:.1f} % of the {100 * final['coverage']:.0f} % without doubt")
-    if value < min_accuracy:
-        raise AutomlError("below_gate",
-                          f"The test {title} {value:.4f} is below the gate {min_accuracy:.4f}.",
-                          "Give training more time or more pictures, or lower min_accuracy.")
+        final, title = results["final"], TASKS[results["data"]["task"]].title
+        value = headline(final)
+        say(f"  test {title} {100 * value:.1f} %")
+        if (kept := final.get("kept_accuracy")) is not None:
+            say(f"  {100 * kept:.1f} % of the {100 * final['coverage']:.0f} % without doubt")
+        if value < min_accuracy:
+            raise AutomlError("below_gate",
+                              f"The test {title} {value:.4f} is below the gate {min_accuracy:.4f}.",
+                              "Give training more time or more pictures, or lower min_accuracy.")
+        register(record, run.bundle)
     return results
