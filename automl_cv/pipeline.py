@@ -216,9 +216,11 @@ def replan(
     same = [e for e in entrants if (e.backbone, e.size) == (tuned.get("backbone"), tuned.get("size"))]
     entrants = same or entrants
     pictures, few = splits["test"] + splits["validation"] / 2, _lets_folds_judge(request, run)
-    rest = max(0.0, left - reserve(pictures, max(entrant.forward for entrant in entrants)))
+    both, forward = splits["train"] + splits["validation"], max(entrant.forward for entrant in entrants)
+    united = 6 * both / forward if pretrained and is_small(run) else 0.0  # five networks and their average
+    rest = max(0.0, left - reserve(pictures, forward) - united)
     rounds = (4 if pretrained else 5) if is_small(run) else 0
-    seen = rounds * (splits["train"] + splits["validation"]) or splits["train"]
+    seen = rounds * both or splits["train"]
     args, epochs = (entrants, max(1, seen), rest), request.epochs
     if not (epochs or few or request.seconds):  # no time chooses
         epochs = tuned["epochs"] if "best_trial" in search else request.max_epochs
