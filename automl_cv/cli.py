@@ -118,7 +118,7 @@ def run(
     name: Annotated[str, typer.Option(help="Of the registered model.")] = "automl_cv",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     label: LabelColumn = "", group: GroupColumn = "", fix: Fix = Request.fix, review: Apply = None,
-    notebooks: Annotated[bool, typer.Option("--notebooks", help="Run the notebooks and keep them.")] = False,
+    notebooks: Annotated[bool, typer.Option("--notebooks", help="Run and keep notebooks; slower.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the best model that the time buys: data, baseline, tune, train, evaluate, serve."""
