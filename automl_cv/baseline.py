@@ -147,7 +147,9 @@ def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], 
     count = max(300, int(0.5 * left * found[0].forward)) if seconds else 0  # features that the time allows
     head = best_head(track, config, terms, 0.3 * left, count if count < total else 0)
     suffix = "" if head["pretrained"] else "_untrained"
-    scores |= {f"linear_probe{suffix}": found[0].figures | {"train_images": found[0].pictures},
+    folds = head["figures"].get("folds")  # of few pictures
+    fitted = {"folds": folds} if folds else {"train_images": found[0].pictures}
+    scores |= {f"linear_probe{suffix}": found[0].figures | fitted,
                f"best_head{suffix}": head["figures"]}
     found[0] = replace(found[0], figures=head["figures"], pictures=head["train_images"] or total)
     result = {"split": "validation", "entrants": [asdict(entrant) for entrant in found],
