@@ -17,7 +17,7 @@ from PIL import Image
 
 from .cache import Images
 from .champion import Candidate, Limits, graph_cost, require_champion, write_row
-from .core import Run, say
+from .core import AutomlError, Run, say
 from .data import open_step, read_split
 from .export import export_onnx
 from .heads import HeadConfig, fit_head
@@ -94,7 +94,7 @@ def _simple(track: Track, size: int) -> dict[str, Any]:
     return {k: track.score(v, asked.targets) | {"train_images": len(train)} for k, v in logits.items()}
 
 # %% ../nbs/02_baseline.ipynb #13ad3d9d
-def _fine_tune(track: Track, config: Config, record: Record) -> Training:
+def _fine_tune(track: Track, config: Config, record: Record) -> Training | None:
     run, classes = track.run, len(track.run.read("data")["classes"])
     def tell(training: Training) -> None:
         entry = training.history[-1]
@@ -104,7 +104,13 @@ def _fine_tune(track: Track, config: Config, record: Record) -> Training:
                 f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
         record.log_metrics(entry, step=entry["epoch"])
     images = [track.images(split, config.size) for split in ("train", "validation")]
-    return fit(config, *images, classes, run.path / "baseline.pt", 0.0, tell)
+    try:
+        return fit(config, *images, classes, run.path / "baseline.pt", 0.0, tell)
+    except AutomlError as error:
+        if error.code != "diverged":
+            raise
+        say(f"  no fine-tuned baseline: {error}")
+        return None
 
 # %% ../nbs/02_baseline.ipynb #b3de5f80
 def usual_side(
@@ -157,8 +163,7 @@ def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], 
     kept = {name: getattr(config, name) for name in
             ("task", "transforms", "size", "epochs", "batch_size", "seed")}
     config = standard_config(config.backbone, head["pretrained"], is_small(track.run), **kept)
-    if config.epochs:
-        training = _fine_tune(track, config, record)
+    if config.epochs and (training := _fine_tune(track, config, record)):
         asked = track.images("validation", config.size).targets
         scores["fine_tune"] = track.score(training.logits, asked)
         result["history"] = training.history

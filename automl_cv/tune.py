@@ -219,7 +219,7 @@ def prepare_search(
     record: Record,  # the step's
 ) -> Search:
     """Load what all trials share; finished trials are offered as the run's bundle."""
-    run, classes = track.run, len(track.run.read("data")["classes"])
+    run, folder, classes = track.run, track.run.path / "trials", len(track.run.read("data")["classes"])
     train, validation = (track.images(split, base.size) for split in ("train", "validation"))
     head = refit_head(track, base, train) if is_small(run) else load_head(run, base.backbone, base.size)
     train = train.sample(max(1, round(trial_share * len(train))), base.seed)
@@ -234,7 +234,6 @@ def prepare_search(
             answers = figures, training.logits, validation.targets
             offer_model(track, training.config, training.averaged, answers, terms, candidate, len(train))
     def cook(config: Config, values: dict[int, float], ready: Callable[[], bool]) -> list[int]:
-        folder = run.path / "trials"
         return [] if is_small(run) else offer_soup(track, config, folder, values, terms, len(train), ready)
     return Search(run, base, train, validation, classes, max_epochs, record, space, head, track.metric, offer,
                   cook)
