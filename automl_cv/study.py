@@ -36,7 +36,8 @@ warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartb
 # %% ../nbs/02b_study.ipynb #93235853
 def storage_url() -> str:
     """Return where Optuna keeps its trials by default: a SQLite file in the workspace."""
-    return f"sqlite:///{(home() / 'optuna.db').resolve()}"
+    path = (home() / "optuna.db").resolve()
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()  # a path may hold ? and %
 
 # %% ../nbs/02b_study.ipynb #da4b2a0f
 def check_storage(
