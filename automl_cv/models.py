@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import Thread
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -130,10 +132,14 @@ def _download(address: str, path: Path) -> str:  # why it failed; "" where it di
 def read_weights(
     path: Path,  # .safetensors, .pth or .pt
 ) -> dict[str, Tensor]:  # a state dict
-    """Read a file of weights, without running code that it may hold."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read a file of weights, without running code that it may hold. Raises AutomlError disk_trouble."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise AutomlError("disk_trouble", f"The weights in {path.name} cannot be read.",
+                          "Copy or download the file again.") from error
 
 # %% ../nbs/01b_models.ipynb #56a3877a
 def load_weights(
@@ -193,10 +199,13 @@ def _warn(backbone: str, why: str) -> None:
 
 # %% ../nbs/01b_models.ipynb #b4b82655
 def _fill(model: Classifier, state: dict[str, Tensor]) -> None:
-    missing, _ = model.body.load_state_dict(state, strict=False)
-    if missing:
-        raise AutomlError("unknown_backbone",
-                          f"The weights are not for {model.backbone}: {missing[0]} is missing.",
+    try:
+        missing, _ = model.body.load_state_dict(state, strict=False)
+        trouble = f"{missing[0]} is missing" if missing else ""
+    except RuntimeError:  # names every tensor
+        trouble = "they have other shapes"
+    if trouble:
+        raise AutomlError("unknown_backbone", f"The weights are not for {model.backbone}: {trouble}.",
                           "Check the file in AUTOML_CV_WEIGHTS.")
 
 # %% ../nbs/01b_models.ipynb #7144f41e
