@@ -6,6 +6,7 @@
 __all__ = ['INGREDIENTS', 'keep_weights', 'offer_soup']
 
 # %% ../nbs/02e_ingredients.ipynb #6f4e05ca
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from .champion import Candidate, judged_by, worth
-from .convolutions import to_device
+from .convolutions import fold_norms, to_device
 from .core import say, write_bytes
 from .learner import Config, evaluate
 from .models import Classifier, create_model
@@ -36,6 +37,7 @@ def keep_weights(
     """Keep a trial's weights where it is among the best, and let go of those that no longer are."""
     best = sorted(values, key=lambda n: -values[n])[:INGREDIENTS]
     if number in best:
+        fold_norms(model := copy.deepcopy(model))
         state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         write_bytes(folder / f"{number}.safetensors", save(state))
     for other in set(values) - set(best):
