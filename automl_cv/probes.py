@@ -63,6 +63,12 @@ def view_banks(
     return {view: np.asarray(feature_bank(model, images, size, view)) for view in views}
 
 # %% ../nbs/01k_probes.ipynb #595c59f8
+def _is_cut(table: pd.DataFrame, wanted: int) -> bool:
+    if table.empty or len(table) == wanted:
+        return table.empty
+    return table.normalise.nunique() == 1 and table.penalty.iloc[0] == table.penalty.max()
+
+# %% ../nbs/01k_probes.ipynb #c8d6e656
 def search_head(
     track: Track,  # what a race shares
     model: Classifier,  # its body is used, frozen
@@ -79,9 +85,11 @@ def search_head(
     banks = view_banks(model, images, size, views)
     table, logits = search_heads(banks, images.targets, classes, folds, list(grid), seconds,
                                  track.metric or "loss")
-    if table.empty:  # the time ran out before any was judged
+    if _is_cut(table, len(grid)):
         grid = (HeadConfig(banks=views),)
-        table, logits = search_heads(banks, images.targets, classes, folds, list(grid))
+        table = pd.DataFrame([asdict(grid[0])])
+        if small:  # else validation pictures judge it
+            table, logits = search_heads(banks, images.targets, classes, folds, list(grid))
     best = grid[table.index[0]]
     start = next((grid[i] for i in table.index if starts_training(grid[i])), best)
     head = fit_head(banks, images.targets, classes, best)
