@@ -71,12 +71,6 @@ class Training:
         return max(self.step / self.total_steps, self.elapsed / self.seconds if self.seconds else 0.0)
 
 # %% ../nbs/01e_learner.ipynb #09eaf85c
-def _set_head(model: Classifier, head: Any) -> None:
-    with torch.no_grad():
-        model.head.weight.copy_(torch.as_tensor(head.weight))
-        model.head.bias.copy_(torch.as_tensor(head.bias))
-
-# %% ../nbs/01e_learner.ipynb #7399e482
 def start_training(
     config: Config,  # how to train
     train: Images,  # training pictures
@@ -88,7 +82,7 @@ def start_training(
     keep_memory()
     model = create_model(config.backbone, classes, config.pretrained, config.seed)
     if head is not None:
-        _set_head(model, head)
+        model.head.load_state_dict({key: torch.as_tensor(getattr(head, key)) for key in ("weight", "bias")})
     frozen = config.norm == "frozen" and model.pretrained and fold_norms(model) > 0
     set_scope(model, config.scope)
     averaged = to_device(copy.deepcopy(model).eval())
@@ -270,10 +264,13 @@ def load_checkpoint(
     training: Training,  # fresh; changed in place where the checkpoint fits
     path: Path,  # perhaps a checkpoint
 ) -> bool:  # whether it was used
-    """Continue from a checkpoint of the same configuration."""
+    """Continue from a checkpoint of the same configuration. Raises AutomlError source_not_found."""
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"key": ""}
     if state["key"] != training.config.key():
         return False
+    if training.config.norm == "frozen" and state["pretrained"] != training.model.pretrained:
+        raise AutomlError("source_not_found", f"This training began otherwise: {state['origin']}.",
+                          "Set AUTOML_CV_WEIGHTS as it was then.")  # only pretrained norms are folded
     for name in ("model", "averaged", "optimizer"):
         getattr(training, name).load_state_dict(state[name])
     for model in (training.model, training.averaged):

@@ -8,7 +8,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from safetensors.torch import save_file
+
+from automl_cv.cache import Images
+from automl_cv.core import AutomlError
+from automl_cv.learner import fit
+from automl_cv.recipe import Config
+from automl_cv.zoo import small_cnn
 
 KILLS = int(os.environ.get("AUTOML_CV_KILLS", "3"))  # at random moments of one training
 CHILD = """
@@ -86,3 +94,15 @@ def test_a_terminated_training_saves_its_step_and_exits_in_time(start, whole, tm
     assert process.returncode == 4
     assert time.monotonic() - started < 8  # what a container platform waits
     assert finish(start()) == whole[0]
+
+
+def test_a_training_does_not_go_on_without_the_weights_that_it_began_with(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 36, 36, 3), np.uint8)
+    images, path = Images(noise, np.arange(16) % 2), tmp_path / "checkpoint.pt"
+    config = Config(backbone="small_cnn", size=32, epochs=1, batch_size=8, norm="frozen")
+    save_file(small_cnn(1000).state_dict(), tmp_path / "small_cnn.safetensors")
+    monkeypatch.setenv("AUTOML_CV_WEIGHTS", str(tmp_path))
+    fit(config, images, None, 2, path)
+    monkeypatch.delenv("AUTOML_CV_WEIGHTS")
+    with pytest.raises(AutomlError, match="began otherwise: file small_cnn.safetensors"):
+        fit(config, images, None, 2, path)
