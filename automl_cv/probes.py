@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
-from .bundles import KNOWN, Shipment, write_bundle
+from .bundles import KNOWN, Shipment, known_pictures, write_bundle
 from .cache import Images, draw_sample
 from .champion import METRICS, Candidate, Limits, offer, read_rows, worth, write_row
 from .convolutions import to_device
@@ -132,8 +132,9 @@ def offer_model(
     """Offer a network as the run's bundle."""
     if candidate.epochs and not model.pretrained:  # step 2 knows why
         model.origin = track.run.read("baseline", {}).get("origin", model.origin)
-    known = [track.images(split, config.size, KNOWN)
-             for split in ("train", "validation")[:1 + (candidate.epochs > 0)]]  # a frozen one has seen none
+    counts = {"train": known_pictures(model.head.out_features)}
+    counts |= {"validation": KNOWN} if candidate.epochs else {}  # a frozen one has seen none
+    known = [track.images(split, config.size, count) for split, count in counts.items()]
     shipment = Shipment(candidate.name, *answers, terms.target_accuracy, terms.name, *known,
                         pictures=pictures, strange=strange)
     def write(folder: Path) -> dict[str, Any]:
