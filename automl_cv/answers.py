@@ -167,12 +167,13 @@ def draw_confusion(
 ) -> Figure:
     """Draw the confusion matrix: rows are true classes, columns predicted ones."""
     names, counts = list(map(shown, answers.classes)), count_confusion(answers)
-    many = len(names) > 25
-    side = max(min(16, 2.5 + 0.75 * len(names)), min(40, 0.15 * len(names)))
+    many, ticks = len(names) > 25, "auto" if len(names) <= 250 else False  # a thousand names take a minute
+    side = max(min(16, 2.5 + 0.75 * len(names)), bool(ticks) * min(40, 0.15 * len(names)))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     (axes := figure.subplots()).tick_params(labelsize=6 if many else 10)
     seaborn.heatmap(pd.DataFrame(counts, names, names), annot=not many, fmt="d", cmap="Blues", square=True,
-                    cbar=many, cbar_kws={"shrink": 0.5, "ticks": MaxNLocator(integer=True)}, ax=axes)
+                    xticklabels=ticks, yticklabels=ticks, cbar=many, ax=axes,
+                    cbar_kws={"shrink": 0.5, "ticks": MaxNLocator(integer=True)})
     if max(map(len, names)) > 9:  # seaborn turns what overlaps before the names make room for themselves
         axes.tick_params(axis="x", rotation=90)
     axes.set(xlabel="predicted", ylabel="true",

@@ -179,7 +179,9 @@ def calibrate_classes(
     target_accuracy: float = 0.99,  # of the answers that are not abstained from, 0 to 1
 ) -> dict[str, Any]:  # temperature; thresholds: abstain, coverage, target_accuracy
     """Fit what turns logits into probabilities that can be believed."""
-    temperature = fit_temperature(lambda t: score_classes(logits / t, targets)["loss"])
+    tensors = torch.tensor(logits, dtype=torch.float64), torch.tensor(targets)
+    unseen = 1 / (len(targets) + 2)
+    temperature = fit_temperature(lambda t: class_loss(tensors[0] / t, tensors[1], unseen).item())
     fitted = {"temperature": temperature, "thresholds": {}}
     return _with_abstention("classification", logits, targets, fitted, target_accuracy)
 
@@ -206,10 +208,11 @@ def calibrate_labels(
 ) -> dict[str, Any]:  # temperature, one per label; thresholds: labels, one each, and as for classes
     """Fit what turns logits into probabilities that can be believed, and those into labels."""
     temperatures, thresholds = [1.0] * logits.shape[1], [0.5] * logits.shape[1]
+    unseen = 1 / (len(targets) + 2)
     for k, (column, truth) in enumerate(zip(logits.T, targets.T > 0.5)):
         if FEWEST <= truth.sum() <= len(truth) - FEWEST:
             tensors = torch.tensor(column, dtype=torch.float64), torch.tensor(truth, dtype=torch.float64)
-            temperatures[k] = fit_temperature(lambda t: label_loss(tensors[0] / t, tensors[1]).item())
+            temperatures[k] = fit_temperature(lambda t: label_loss(tensors[0] / t, tensors[1], unseen).item())
             thresholds[k] = best_threshold(sigmoid(column / temperatures[k]), truth)
     fitted = {"temperature": temperatures, "thresholds": {"labels": thresholds}}
     return _with_abstention("multilabel", logits, targets, fitted, target_accuracy)

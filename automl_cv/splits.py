@@ -67,6 +67,20 @@ def _lend(labels: list[list[int]], groups: np.ndarray, parts: np.ndarray, wanted
         best = max(train, key=lambda row: min([counts[label] for label in labels[row]], default=0))
         parts[groups == groups[best]] = part
 
+# %% ../nbs/00n_splits.ipynb #4ec3f9cd
+def _fill(
+    labels: list[list[int]], groups: np.ndarray, parts: np.ndarray, shares: list[float], seed: int
+) -> None:
+    counts = Counter(label for row in np.flatnonzero(parts == 0) for label in labels[row])
+    sizes, order = Counter(groups.tolist()), np.random.default_rng(seed).permutation(len(parts))
+    spare = iter([row for row in order if parts[row] == 0 and sizes[groups[row]] == 1])
+    for part, share in enumerate(shares[1:], 1):
+        lacking = int(share * len(parts) / 2) - np.count_nonzero(parts == part)
+        while lacking > 0 and (row := next(spare, None)) is not None:
+            if labels[row] and min(counts[label] for label in labels[row]) > 1:
+                parts[row], lacking = part, lacking - 1
+                counts.subtract(labels[row])
+
 # %% ../nbs/00n_splits.ipynb #783eeff1
 def _indices(labels: pd.Series, task: str) -> list[list[int]]:
     order: dict[str, int] = {}
@@ -98,8 +112,10 @@ def split_rows(
     left = [test, validation * (1 - test)] if len(missing) == 2 else [{"test": test}.get(n, validation)
                                                                        for n in missing]
     labels, groups = _indices(rows.label, task), join_groups(rows.group, rows.twin)
-    parts = stratify(labels, groups, [1 - sum(left), *left], spread=True, seed=seed)
-    _lend(labels, groups, parts, 1 + len(missing))
+    shares = [1 - sum(left), *left]
+    parts = stratify(labels, groups, shares, spread=True, seed=seed)
+    _lend(labels, groups, parts, len(shares))
+    _fill(labels, groups, parts, shares, seed)
     manifest.loc[rows.index, "split"] = [["train", *missing][part] for part in parts]
     manifest.loc[manifest.status != "used", "split"] = ""
     if not {"train", "validation", "test"} <= set(manifest.split):
