@@ -26,7 +26,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from sqlalchemy import create_engine
+from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from .core import AutomlError, Run, hash_file, home, read_json, say
@@ -38,17 +38,21 @@ EXPERIMENT = "automl_cv"
 def _own_file() -> Path:
     return (home() / "mlflow.db").resolve()
 
+
+def _address(path: Path) -> str:
+    return URL.create("sqlite", database=str(path)).render_as_string()  # a path may hold ? and %
+
 # %% ../nbs/01f_tracking.ipynb #efb63ac9
 def tracking_uri() -> str:
     """Return where MLflow keeps its records: MLFLOW_TRACKING_URI, or a SQLite file in the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_file()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _address(_own_file())
 
 # %% ../nbs/01f_tracking.ipynb #88fcb84c
 def _make_tables(path: Path) -> None:
     for left in path.parent.glob(".mlflow-*"):  # of a process that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
-        MlflowClient(f"sqlite:///{folder}/{path.name}").search_experiments()
+        MlflowClient(_address(Path(folder, path.name))).search_experiments()
         Path(folder, path.name).replace(path)
 
 # %% ../nbs/01f_tracking.ipynb #d615ab5c
@@ -65,7 +69,7 @@ def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
     with (home() / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if tracking_uri() == f"sqlite:///{_own_file()}" and not _own_file().exists():
+        if tracking_uri() == _address(_own_file()) and not _own_file().exists():
             _make_tables(_own_file())
         try:
             _knock(tracking_uri())
