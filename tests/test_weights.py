@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from automl_cv.convolutions import fold_norms
-from automl_cv.models import Classifier, create_model, weights_trouble
+from automl_cv.models import Classifier, create_model, weights_trouble, _warn
 from automl_cv.race import useful_sizes
 from automl_cv.space import small_size
 from automl_cv.zoo import ZOO
@@ -29,6 +29,7 @@ def test_mobilenet_starts_pretrained_from_a_local_file(monkeypatch):
 
 def test_no_weights_anywhere_says_so_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("AUTOML_CV_WEIGHTS", str(tmp_path))
+    _warn.cache_clear()  # another test of this process may have been told
     models = [create_model("small_cnn", 6) for _ in range(3)]
     assert [model.pretrained for model in models] == [False, False, False]
     assert capsys.readouterr().out.count("TRAINS FROM SCRATCH") == 1
