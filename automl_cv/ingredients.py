@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from .champion import Candidate, judged_by, worth
+from .champion import Candidate, worth
 from .convolutions import fold_norms, to_device
 from .core import say, write_bytes
 from .learner import Config, evaluate
 from .models import Classifier, create_model
 from .probes import Terms, offer_model
 from .race import Track
-from .scores import JUDGES
 from .soup import soup
 
 # %% ../nbs/02e_ingredients.ipynb #16b5f0f7
@@ -58,13 +57,13 @@ def offer_soup(
     numbers = [n for n in sorted(values, key=lambda n: -values[n]) if (folder / f"{n}.safetensors").exists()]
     if len(numbers) < 2:
         return numbers
-    asked, judge = track.images("validation", config.size), JUDGES[config.task]
+    asked = track.images("validation", config.size)
     classes = len(track.run.read("data")["classes"])
     model = to_device(create_model(config.backbone, classes, config.pretrained, config.seed))
 
     def score(state: dict[str, torch.Tensor]) -> float:
         model.load_state_dict(state)
-        return worth(judged_by(judge.score(evaluate(model, asked, config.size), asked.targets), track.metric))
+        return worth(track.score(evaluate(model, asked, config.size), asked.targets))
     states = [load_file(folder / f"{number}.safetensors") for number in numbers]
     mean, chosen = soup(states, score, [values[n] for n in numbers], ready)
     if len(chosen) > 1:

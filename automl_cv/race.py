@@ -82,7 +82,7 @@ class Track:
     def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
         """Judge logits, [N, C], against targets."""
         judge = JUDGES[self.run.read("data")["task"]]
-        return judged_by(judge.score(logits, targets), self.metric)
+        return judged_by(judge.score_calibrated(logits, targets), self.metric)
 
 # %% ../nbs/01j_race.ipynb #07f6a982
 def probe(

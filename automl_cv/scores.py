@@ -225,6 +225,10 @@ class Judge:
     score: Callable[..., dict[str, Any]]  # of logits, targets and thresholds
     calibrate: Callable[..., dict[str, Any]]  # on logits, targets and the accuracy that answers must have
 
+    def score_calibrated(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:  # as `score` gives
+        """Judge logits after the temperature that suits them."""
+        return self.score(logits / np.asarray(self.calibrate(logits, targets)["temperature"]), targets)
+
 # %% ../nbs/00n_scores.ipynb #3c6b94fd
 JUDGES: dict[str, Judge] = {"classification": Judge(class_loss, score_classes, calibrate_classes),
                             "multilabel": Judge(label_loss, score_labels, calibrate_labels)}

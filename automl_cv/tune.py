@@ -114,7 +114,7 @@ def _values(study: optuna.Study) -> dict[int, float]:
 
 
 def _leave_scores(search: Search, trial: Trial, training: Training) -> float:
-    found = JUDGES[training.config.task].score(training.logits, search.validation.targets)
+    found = JUDGES[training.config.task].score_calibrated(training.logits, search.validation.targets)
     trial.set_user_attr("scores", found)
     search.offer(f"trial {trial.number}", training)
     value = search.worth(found)
