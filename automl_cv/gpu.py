@@ -84,7 +84,7 @@ def gather_batches(
 
 # %% ../nbs/01ab_gpu.ipynb #1cac7de5
 SEEN = 2  # times before a step is recorded
-ROOM = 0.8  # of the free memory, for a recording
+ROOM = 0.5  # of the free memory, for a recording
 Step = Callable[..., Tensor]  # takes tensors on the device, adds gradients up, returns one tensor
 
 
@@ -120,8 +120,13 @@ def _record(step: Step, parameters: list[nn.Parameter], tensors: tuple[Tensor, .
 class Replay:
     """A step of training, recorded on a GPU once it has been seen twice, and repeated from then on."""
 
-    def __init__(self, step: Step, parameters: Iterable[nn.Parameter]):  # those that get gradients
-        self.step, self.parameters = step, list(parameters)
+    def __init__(
+        self,
+        step: Step,
+        parameters: Iterable[nn.Parameter],  # those that get gradients
+        records: bool = True,  # False where memory is short
+    ):
+        self.step, self.parameters, self.records = step, list(parameters), records
         self.seen: Counter[Any] = Counter()  # calls by shapes
         self.recordings: dict[Any, _Recording | None] = {}  # by shapes
         self.pool: Any = None  # of memory, one for all: they never run at the same time
@@ -134,7 +139,8 @@ class Replay:
         """Do the step. Raises what the step raises."""
         shapes = tuple(tensor.shape for tensor in tensors)
         self.seen[shapes] += 1
-        if tensors[0].is_cuda and self.seen[shapes] > SEEN and shapes not in self.recordings:
+        ready = self.records and tensors[0].is_cuda and self.seen[shapes] > SEEN
+        if ready and shapes not in self.recordings:
             self.recordings[shapes] = _record(self.step, self.parameters, tensors, self.pool)
         recording = self.recordings.get(shapes)
         if recording is None:

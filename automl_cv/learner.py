@@ -112,8 +112,8 @@ def _backward(config: Config, model: Classifier, balance: Balance, micro: int, p
 def _replay(training: Training) -> Replay:
     if training.replay is None:
         trained = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
-        how = training.config, training.model, training.balance, training.micro
-        training.replay = Replay(partial(_backward, *how), trained)
+        how = config, _, _, micro = training.config, training.model, training.balance, training.micro
+        training.replay = Replay(partial(_backward, *how), trained, records=micro >= config.batch_size)
     return training.replay
 
 # %% ../nbs/01e_learner.ipynb #5c3e6e80
