@@ -127,7 +127,7 @@ def test_a_camera_that_is_asked_for_twice_is_let_go(open_page, server):
     }""")
     page.wait_for_selector("#viewfinder[open] video")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.getElementById('video').srcObject === null")
+    playwright.expect(page.locator("#video")).to_have_js_property("srcObject", None)  # polls without eval
     assert page.evaluate("streams.map((stream) => stream.getTracks().map((track) => track.readyState))") == [["ended"]]
     page.click("#camera")
     page.wait_for_selector("#viewfinder[open] video")
