@@ -26,7 +26,12 @@ from uuid import uuid4
 from .core import AutomlError, track
 
 # %% ../nbs/05b_client.ipynb #bc81585f
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+class _Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *redirect: Any) -> None:  # the answer itself is the error then
+        return None
+
+
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
 
 # %% ../nbs/05b_client.ipynb #dfe4b5b4
 def _form(data: bytes) -> tuple[bytes, str]:
@@ -36,6 +41,8 @@ def _form(data: bytes) -> tuple[bytes, str]:
 
 # %% ../nbs/05b_client.ipynb #93173d19
 def _refusal(error: urllib.error.HTTPError) -> AutomlError:
+    if there := error.headers.get("Location"):
+        return AutomlError("not_ready", f"The address points to {there.partition('?')[0]}.", "Ask there.")
     try:
         problem = json.load(error)
         return AutomlError(problem["code"], problem["detail"])

@@ -143,3 +143,16 @@ def test_an_answer_that_is_no_json_is_not_ours(files):
         threading.Thread(target=scripted, args=(listener, [page], []), daemon=True).start()
         with pytest.raises(AutomlError, match="answers, but not with JSON"):
             Client(f"http://127.0.0.1:{listener.getsockname()[1]}").predict(files[0])
+
+
+def test_a_key_goes_nowhere_else(files):
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as other:
+        there = f"http://127.0.0.1:{other.getsockname()[1]}/predict"
+        moved = (f"HTTP/1.1 302 Found\r\nLocation: {there}?next=1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        threading.Thread(target=scripted, args=(listener, [moved.encode()], []), daemon=True).start()
+        with pytest.raises(AutomlError) as refused:
+            Client(f"http://127.0.0.1:{listener.getsockname()[1]}", {"X-API-Key": "secret"}, timeout=2).predict(files[0])
+        assert (refused.value.code, str(refused.value)) == ("not_ready", f"The address points to {there}. Ask there.")
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody came
+            other.accept()
