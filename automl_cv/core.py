@@ -104,6 +104,9 @@ class AutomlError(Exception):
         self.status, self.exit_code, self.title = CODES[code]
         self.headers: dict[str, str] = {}  # of an answer over HTTP, besides what all have
 
+    def __reduce__(self) -> tuple[Any, ...]:  # between processes; by itself it would be made of its sentence
+        return AutomlError, (self.code, self.detail, self.hint), self.__dict__
+
     def problem(self) -> dict[str, Any]:  # the members of a problem+json document
         """Return the error as RFC 9457 wants it."""
         return {"type": f"urn:automl-cv:error:{self.code}", "title": self.title, "status": self.status,
