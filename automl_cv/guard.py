@@ -128,5 +128,6 @@ def add_guard(
     """Put the rules before all addresses of an application."""
     app.add_middleware(Guard, rules=rules)
     if rules.origins:
+        told = ["X-Request-ID", "X-Model-Version", "Retry-After"]
         app.add_middleware(CORSMiddleware, allow_origins=rules.origins, allow_methods=["GET", "POST"],
-                           allow_headers=["*"], expose_headers=["X-Request-ID", "Retry-After"])
+                           allow_headers=["*"], expose_headers=told)
