@@ -131,6 +131,12 @@ def test_unknown_request_ids_are_replaced(client):
     assert len(client.get("/model", headers={"X-Request-ID": "<script>"}).headers["x-request-id"]) == 32
 
 
+def test_a_slash_too_many_is_not_redirected(client, plain):
+    for path in ("/predict/", "/model/", "/v2/"):
+        reply = client.post(path, content=plain("red"))
+        assert (reply.status_code, reply.json()["code"], "location" in reply.headers) == (404, "not_found", False)
+
+
 def test_head_has_no_body(client):
     reply = client.head("/")
     assert (reply.status_code, reply.content) == (200, b"")
