@@ -171,8 +171,9 @@ async def docs(
 async def openapi(
     request: Request,  # names the application
 ) -> dict[str, Any]:
-    """Return the OpenAPI document."""
-    return describe_guarded(request.app)
+    """Return the OpenAPI document, with what a server puts before all addresses."""
+    before = request.scope.get("root_path")
+    return describe_guarded(request.app) | ({"servers": [{"url": before}]} if before else {})
 
 # %% ../nbs/05df_api.ipynb #b88122b7
 def create_api(

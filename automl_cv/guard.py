@@ -85,7 +85,8 @@ def is_host(
 def _refusal(request: Request, error: AutomlError) -> Response:
     if error.status != 401:
         return problem_response(request, error.problem())
-    asks = request.method == "GET" and request.url.path == "/model" and wants_page(request)
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    asks = request.method == "GET" and path == "/model" and wants_page(request)
     reply = show("locked.html", request) if asks else problem_response(request, error.problem())
     reply.status_code, reply.headers["WWW-Authenticate"] = 401, "Bearer"
     return reply
