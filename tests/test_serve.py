@@ -476,6 +476,8 @@ def test_missing_bundle_is_not_ready(start, plain, tmp_path):
                                "Choose another address or port."),
     ("AUTOML_CV_API_KEYS", "secret", "AUTOML_CV_API_KEYS holds something that is not a sha256. "
                                      "Write printf %s KEY | sha256sum, never the key itself."),
+    ("AUTOML_CV_ORIGINS", "https://a.example/", "AUTOML_CV_ORIGINS holds something that is not an origin. "
+                                                "Write https://example.com or *."),
 ])
 def test_bad_setting_is_one_line(name, value, hint):
     run = subprocess.run([sys.executable, "-m", "automl_cv.serve"], env=os.environ | {name: value},
