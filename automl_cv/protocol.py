@@ -13,15 +13,23 @@ from typing import Any
 
 import numpy as np
 
+from .batch import can_doubt
 from .core import AutomlError
+from .items import SEPARATOR
 from .predict import Prediction, Predictor, judge
 
 # %% ../nbs/05dc_protocol.ipynb #53331017
 MAX_IMAGES = 64  # in one request
 MAX_JSON = 8 * 2**20  # bytes of one request; a number takes many times its digits in memory
-OUTPUTS = {"probabilities": "FP32", "class_index": "INT64", "label": "BYTES"}
+OUTPUTS = {"probabilities": "FP32", "class_index": "INT64", "label": "BYTES", "labels": "BYTES",
+           "uncertain": "BOOL"}
 
 # %% ../nbs/05dc_protocol.ipynb #edf64ee2
+def _offered(predictor: Predictor) -> dict[str, str]:
+    rare = {"labels": not predictor.task.exclusive, "uncertain": can_doubt(predictor)}
+    return {name: kind for name, kind in OUTPUTS.items() if rare.get(name, True)}
+
+# %% ../nbs/05dc_protocol.ipynb #06f83f60
 def describe_tensors(
     predictor: Predictor,  # a loaded bundle
 ) -> dict[str, Any]:  # the protocol's model metadata
@@ -32,7 +40,7 @@ def describe_tensors(
             "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, side, side, 3]},
                        {"name": "files", "datatype": "BYTES", "shape": [-1]}],
             "outputs": [{"name": name, "datatype": kind, "shape": shapes.get(name, [-1])}
-                        for name, kind in OUTPUTS.items()]}
+                        for name, kind in _offered(predictor).items()]}
 
 # %% ../nbs/05dc_protocol.ipynb #9650dd6d
 def _wrong(detail: str) -> AutomlError:
@@ -63,7 +71,7 @@ def _files(tensor: dict[str, Any]) -> list[bytes]:
         raise _wrong("The data of 'files' are not base64.") from None
 
 # %% ../nbs/05dc_protocol.ipynb #9e4e0c6c
-def _read(body: bytes) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def _read(body: bytes, offered: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     try:
         request = json.loads(body)
         (tensor,) = request["inputs"]
@@ -71,15 +79,16 @@ def _read(body: bytes) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         wanted = [output["name"] for output in request.get("outputs") or []]  # some write null for none
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _wrong("The request is not JSON with one input, 'images' or 'files'.") from None
-    if not named or not all(isinstance(name, str) and name in OUTPUTS for name in wanted):
+    if not named or not all(isinstance(name, str) and name in offered for name in wanted):
         raise _wrong("The input's datatype or an output's name is not one of this model's.")
-    return request, tensor, wanted or list(OUTPUTS)
+    return request, tensor, wanted or list(offered)
 
 # %% ../nbs/05dc_protocol.ipynb #180ebe9d
 def _outputs(found: list[Prediction], wanted: list[str]) -> list[dict[str, Any]]:
     shares = np.stack([answer.probabilities for answer in found])
     data = {"probabilities": shares.ravel().tolist(), "class_index": [answer.class_index for answer in found],
-            "label": [answer.label for answer in found]}
+            "label": [answer.label for answer in found], "uncertain": [answer.uncertain for answer in found],
+            "labels": [SEPARATOR.join(answer.labels or ()) for answer in found]}
     shapes = {"probabilities": list(shares.shape)}
     return [{"name": name, "datatype": OUTPUTS[name], "shape": shapes.get(name, [len(found)]),
              "data": data[name]} for name in wanted]
@@ -90,7 +99,7 @@ def infer(
     body: bytes,  # an inference request, JSON
 ) -> tuple[dict[str, Any], list[Prediction]]:  # the protocol's response, and the answers in it
     """Answer an inference request. Raises AutomlError wrong_parameter_type, and a picture's codes."""
-    request, tensor, wanted = _read(body)
+    request, tensor, wanted = _read(body, _offered(predictor))
     if tensor["name"] == "images":
         found = [judge(predictor, image) for image in _images(tensor, predictor.policy.size)]
     else:
