@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['programs', 'REFUSALS', 'TopK', 'All', 'Format', 'ROW', 'LINES', 'TABLE', 'ROWS', 'FILES', 'UPLOADS', 'STALL_SECONDS',
-           'SERVER', 'TENSOR', 'IMAGES', 'MODEL', 'LABEL', 'INPUT', 'WANTED', 'REQUEST', 'ASKED', 'GIVEN',
+           'SERVER', 'TENSOR', 'IMAGES', 'MODEL', 'LABEL', 'INPUT', 'WANTED', 'REQUEST', 'ASKED', 'GIVEN', 'EXACT',
            'predict_batch', 'v2_server', 'v2_live', 'v2_ready', 'v2_model_ready', 'v2_model', 'v2_infer']
 
 # %% ../nbs/05de_routes.ipynb #c2f7f650
@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Query
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -112,10 +111,12 @@ async def predict_batch(
     return rows
 
 # %% ../nbs/05de_routes.ipynb #6596e7b2
-def _named(app: Starlette, name: str) -> Predictor:
-    predictor = loaded(app)
-    if name != predictor.info["name"]:
-        raise AutomlError("bundle_not_found", "There is no model of this name here.", "See /model.")
+def _named(request: Request, name: str) -> Predictor:
+    predictor = loaded(request.app)
+    version = request.path_params.get("version", predictor.version)
+    if (name, version) != (predictor.info["name"], predictor.version):
+        what = "There is no model of this name and version here."
+        raise AutomlError("bundle_not_found", what, "See /model.")
     return predictor
 
 # %% ../nbs/05de_routes.ipynb #f140f44b
@@ -167,7 +168,7 @@ async def v2_model_ready(
 ) -> dict[str, Any]:
     """Say that one model is loaded and checked."""
     check_ready(request.app)
-    return {"name": _named(request.app, name).info["name"], "ready": True}
+    return {"name": _named(request, name).info["name"], "ready": True}
 
 # %% ../nbs/05de_routes.ipynb #459a78e9
 @programs.get("/v2/models/{name}", responses=success(MODEL, dict[str, Any])
@@ -177,7 +178,7 @@ async def v2_model(
     name: str,  # the model's, as /model tells it
 ) -> dict[str, Any]:
     """Describe a model by its tensors."""
-    return describe_tensors(_named(request.app, name))
+    return describe_tensors(_named(request, name))
 
 # %% ../nbs/05de_routes.ipynb #867ae190
 @programs.post("/v2/models/{name}/infer", openapi_extra=ASKED,
@@ -187,7 +188,7 @@ async def v2_infer(
     name: str,  # the model's, as /model tells it
 ) -> JSONResponse:  # an inference response
     """Answer an inference request."""
-    predictor, state = _named(request.app, name), request.app.state
+    predictor, state = _named(request, name), request.app.state
     with until_left(request.app):
         async with one_body(request, state.pool, MAX_JSON) as body:
             answer, found = await state.pool.run(infer, predictor, body, receive=request.receive)
@@ -195,3 +196,9 @@ async def v2_infer(
         state.metrics.count(one, predictor.version)
     state.metrics.batch.observe(len(found))
     return JSONResponse(answer, headers={"X-Model-Version": predictor.version})
+
+# %% ../nbs/05de_routes.ipynb #cc1d110f
+EXACT = "/v2/models/{name}/versions/{version}"
+for function, end in ((v2_model, ""), (v2_model_ready, "/ready")):
+    programs.get(EXACT + end, include_in_schema=False)(function)
+programs.post(f"{EXACT}/infer", include_in_schema=False)(v2_infer)
