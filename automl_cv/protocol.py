@@ -94,6 +94,13 @@ def _outputs(found: list[Prediction], wanted: list[str]) -> list[dict[str, Any]]
              "data": data[name]} for name in wanted]
 
 # %% ../nbs/05dc_protocol.ipynb #3f1aa91e
+def _predict(predictor: Predictor, data: bytes, place: int) -> Prediction:
+    try:
+        return predictor.predict(data)
+    except AutomlError as error:
+        raise AutomlError(error.code, f"files[{place}]: {error.detail}", error.hint) from None
+
+# %% ../nbs/05dc_protocol.ipynb #ba65b705
 def infer(
     predictor: Predictor,  # a loaded bundle
     body: bytes,  # an inference request, JSON
@@ -103,7 +110,7 @@ def infer(
     if tensor["name"] == "images":
         found = [judge(predictor, image) for image in _images(tensor, predictor.policy.size)]
     else:
-        found = [predictor.predict(data) for data in _files(tensor)]
+        found = [_predict(predictor, data, place) for place, data in enumerate(_files(tensor))]
     given = request.get("id")  # which JSON lets hold half a character
     identity = {"id": given.encode(errors="replace").decode()} if isinstance(given, str) else {}
     return {"model_name": predictor.info["name"], "model_version": predictor.version,
