@@ -149,9 +149,9 @@ class Journal:
             _series(self.metrics.stages, stage).observe(spent)
         end = ({"code": reply.code} if reply.code else {}) | ({"cut": True} if reply.cut else {})
         facts = {"request_id": reply.headers.get(b"x-request-id", b"").decode()} | record | end
-        name = f"{scope['method']} {path}"
-        place = self.spans.note(name, seconds, find_trace(dict(scope["headers"])), facts | {
-            "http.request.method": scope["method"], "url.path": scope["path"],
-            "http.response.status_code": reply.status}, stages)
+        name, route = f"{scope['method']} {path}", {} if path == "other" else {"http.route": path}
+        place = self.spans.note(name, seconds, find_trace(dict(scope["headers"])), facts | route | {
+            "http.request.method": scope["method"], "url.scheme": scope.get("scheme", "http"),
+            "url.path": scope["path"], "http.response.status_code": reply.status}, stages)
         spent_ms = {"stages_ms": {stage: round(1000 * s, 3) for stage, s in stages.items()}} if stages else {}
         self.write(_line(scope, name, reply, seconds) | facts | spent_ms | log_members(place))

@@ -135,8 +135,9 @@ def _write(tracer: Any, name: str, begin: int, end: int, parent: Trace | None, f
            stages: dict[str, float]) -> Trace:
     from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
     span = tracer.start_span(name, _inside(parent), SpanKind.SERVER, facts, start_time=begin)
-    if facts["http.response.status_code"] >= 500:
+    if (status := facts["http.response.status_code"]) >= 500:
         span.set_status(StatusCode.ERROR)
+        span.set_attribute("error.type", facts.get("code", str(status)))
     for stage, seconds in stages.items():
         part = tracer.start_span(stage, set_span_in_context(span), start_time=begin)
         begin += int(seconds * 1e9)

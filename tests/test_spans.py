@@ -61,6 +61,7 @@ def test_request_is_a_span_with_its_stages(start, bundle, plain, collector):
     assert (asked.trace_id.hex(), asked.parent_span_id.hex()) == (TRACE, SPAN)
     assert facts["POST /predict"] == {
         "http.request.method": "POST", "url.path": "/predict", "http.response.status_code": 200,
+        "http.route": "/predict", "url.scheme": "http",  # what traces are grouped by
         "request_id": answer.headers["x-request-id"]}
     stages = [span for span in spans if span.parent_span_id == asked.span_id]
     assert [span.name for span in stages] == ["read", "queue", "decode", "infer"]
