@@ -120,11 +120,11 @@ def _file_name(head: bytes) -> bytes | None:
     return unquote_to_bytes(coded[1]) if coded else None
 
 # %% ../nbs/05ca_bodies.ipynb #9a19df27
-def _form_files(parts: Iterable[tuple[bytes, int, int]]) -> Iterator[tuple[bytes, str, int, int]]:
+def _form_files(parts: Iterable[tuple[bytes, int, int]]) -> Iterator[tuple[str, int, int]]:
     for head, start, end in parts:
         name = _file_name(head)
         if name is not None and end != -1 and (name or start < end):
-            yield head, name.decode("utf-8", "replace"), start, end
+            yield name.decode("utf-8", "replace"), start, end
 
 # %% ../nbs/05ca_bodies.ipynb #072722bc
 def find_picture(
@@ -134,8 +134,8 @@ def find_picture(
     """Take the one file out of a form, or the body as it is. Raises AutomlError missing_file."""
     form, files = BOUNDARY.match(content_type), [slice(None)] if body else []
     if form:
-        found = _form_files(islice(_parts(body, form[1]), MAX_PARTS))
-        files = [slice(start, end) for head, _, start, end in found if NAME.search(head)]
+        files = [slice(start, end) for head, start, end in islice(_parts(body, form[1]), MAX_PARTS)
+                 if end != -1 and NAME.search(head) and (start < end or _file_name(head))]
     if len(files) != 1:
         raise AutomlError("missing_file", "The request needs one file in the form field 'file'.",
                           "With curl: -F file=@picture.jpg, or --data-binary @picture.jpg")
@@ -188,7 +188,7 @@ def _views(body: bytes | mmap, content_type: str) -> list[tuple[str, memoryview]
         return [("upload", view)] if body else []
     parts = _parts(body, form[1])
     found = _form_files(islice(parts, MAX_FILES + MAX_FIELDS + 1))  # one is the end
-    files = [(name or "upload", view[start:end]) for _, name, start, end in found]
+    files = [(name or "upload", view[start:end]) for name, start, end in found]
     if len(files) > MAX_FILES or next(parts, None):  # what was not looked at may be files
         raise AutomlError("too_many_files", f"The form has over {MAX_FILES} files or {MAX_FIELDS} fields.",
                           "Send several requests.")
