@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .archives import MAX_ENTRIES, open_zip
@@ -38,25 +38,24 @@ def _no_file() -> bytes:
                       "Pack the file itself.")
 
 # %% ../nbs/05db_bulk.ipynb #e0f049ed
-def _unzip(name: str, content: memoryview) -> list[Upload]:
+def _unzip(name: str, content: memoryview, before: str) -> list[Upload]:
     items = [item for item in open_zip(content, name) if item.reason != "system_file"]
     if not items:
         what = "no files but a system's leftovers"
         raise AutomlError("empty_archive", f"{name} holds {what}.", "Pack pictures.")
-    return [Upload(item.name, _no_file if item.status else item.read) for item in items]
+    return [Upload(before + item.name, _no_file if item.status else item.read) for item in items]
 
 # %% ../nbs/05db_bulk.ipynb #ed52a3a5
 def list_uploads(
-    files: Iterable[tuple[str, memoryview]],  # names and contents
+    files: Sequence[tuple[str, memoryview]],  # names and contents
 ) -> list[Upload]:  # in their order; the entries of a zip in its place
     """List the pictures in some files. Raises AutomlError bad_archive and an archive's other codes."""
     found: list[Upload] = []
-    zips = 0
+    zips = sum(content[:4] in ZIP for _, content in files)
     for name, content in files:
         part = content[:UPLOAD.max_bytes + 1]  # as much as shows that it is too much
-        packed = content[:4] in ZIP
-        found += _unzip(name, content) if packed else [Upload(name, part.tobytes)]
-        zips += packed
+        before = f"{name}/" if zips > 1 else ""
+        found += _unzip(name, content, before) if content[:4] in ZIP else [Upload(name, part.tobytes)]
         if zips > MAX_ZIPS or len(found) > MAX_ENTRIES:
             what = f"over {MAX_ZIPS} archives or {MAX_ENTRIES} files"
             raise AutomlError("too_many_files", f"The request has {what}.", "Send several requests.")
