@@ -181,7 +181,8 @@ def create_api(
 ) -> FastAPI:
     """Make the application of all addresses."""
     api = FastAPI(title="automl_cv", version=__version__, description="Send a picture, get its class.",
-                  docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+                  docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
+                  generate_unique_id_function=lambda route: route.name)
     api.state = front.state
     api.exception_handlers |= front.exception_handlers
     add_checks(api)
