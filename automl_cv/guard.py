@@ -30,9 +30,9 @@ FORMS = {"API_KEYS": (r"[0-9a-f]{64}", "a sha256", "Write printf %s KEY | sha256
 
 # %% ../nbs/05da_guard.ipynb #1d90c1b7
 def _list(env: Mapping[str, str], name: str) -> tuple[str, ...]:
-    form, what, hint = FORMS[name]
-    found = tuple(part.strip() for part in env.get(f"AUTOML_CV_{name}", "").split(",") if part.strip())
-    if not all(re.fullmatch(form, part) for part in found):
+    (form, what, hint), text = FORMS[name], env.get(f"AUTOML_CV_{name}", "")
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if text and not found or not all(re.fullmatch(form, part) for part in found):
         told = f"AUTOML_CV_{name} holds something that is not {what}."
         raise AutomlError("wrong_parameter_type", told, hint)
     return found
