@@ -8,6 +8,7 @@ __all__ = ['Outliers', 'measure_spread', 'alarm_threshold', 'promised_rate', 'fi
 # %% ../nbs/00mo_outliers.ipynb #26597f33
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,13 @@ def fit_outliers(
     unseen: np.ndarray | None = None,  # float [M, D] of other pictures; None for a network trained on none
 ) -> tuple[Outliers, float]:  # and the score above which a picture is unlike the training pictures
     """Fit the distance and its threshold."""
-    outliers = measure_spread(features, targets)
     if unseen is not None:
+        outliers = measure_spread(features, targets)
         return outliers, alarm_threshold(outliers.score(unseen))
+    fit = partial(measure_spread, directions=min(64, 4 * len(features) // 50))
     fifths = [np.arange(len(features)) % 5 == k for k in range(5)]
-    scores = [measure_spread(features[~held], targets[~held]).score(features[held]) for held in fifths]
-    return outliers, alarm_threshold(np.concatenate(scores))
+    scores = [fit(features[~held], targets[~held]).score(features[held]) for held in fifths]
+    return fit(features, targets), alarm_threshold(np.concatenate(scores))
 
 # %% ../nbs/00mo_outliers.ipynb #654dc796
 def save_outliers(
