@@ -34,11 +34,13 @@ def closing_lines(
 ) -> list[str]:
     """Write what a user wants to know at the end: figures, where things are, and what to type next."""
     metric = results["final"]["metric"]  # of every row, whatever the models were chosen by
+    wanted = results.get("champion", {}).get("metric", metric)
     lines = ["", f"{'':10}{METRICS[metric]:>9}  95 % interval    measured on"]
     for name in ("baseline", "tuned", "champion", "final"):
         if entry := results.get(name):
+            more = "" if wanted == metric else f", {METRICS[wanted]} {entry[wanted]:.4f}"
             lines.append(f"{name:10}{entry[metric]:>9.1%}  {entry['low']:.1%} to {entry['high']:.1%}   "
-                         f"{entry['split']}, {entry['images']} pictures")
+                         f"{entry['split']}, {entry['images']} pictures{more}")
     if not results.get("pretrained"):
         lines.append("Trained from scratch, without pretrained weights.")
     return lines + ["", f"Pictures  {run.path}/final_model_confusion_matrix.png",
