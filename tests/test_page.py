@@ -92,6 +92,24 @@ def test_several_labels(open_page, start, plain, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_doubt_about_several_labels_names_the_figure_that_decides(open_page, start, plain, tmp_path):
+    """Each label is over its threshold and sure by itself; what is not sure enough is all of them together."""
+    from automl_cv.export import colour_bundle
+
+    bundle = colour_bundle(tmp_path / "model", "multilabel")
+    info = json.loads((bundle / "model.json").read_text())
+    doubts = {"abstain": 0.9, "coverage": 0.5, "target_accuracy": 0.99}
+    (bundle / "model.json").write_text(json.dumps(info | {"thresholds": info["thresholds"] | doubts}))
+    said = "From a probability of 90 % on that all labels are right, 99 % of"
+    with start(bundle) as server:
+        page = open_page(server.url)
+        page.set_input_files("#file", picture(plain, "yellow"))
+        page.wait_for_selector("#low_confidence:visible")
+        assert said in page.inner_text("#low_confidence")
+        page.goto(f"{server.url}/model")
+        assert said in page.inner_text("main")
+
+
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_drop_and_paste(open_page, server, plain, kind):
     page = open_page(server.url)
