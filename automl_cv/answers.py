@@ -294,7 +294,8 @@ def draw_mistakes(
     rows, lines = max(1, -(-len(worst) // columns)), [2, *(caption.count("\n") + 1 for caption in captions)]
     height = (1.4 if explain else 1.8) + 0.15 * max(lines)
     figure = Figure(figsize=(11, 0.6 + height * rows), layout="constrained")
-    figure.suptitle(title + (", and what spoke for the wrong answer" if explain and worst else ""))
+    spoken = "the wrong answer" if answers.task.exclusive else "wrong labels, or else for the missing ones"
+    figure.suptitle(title + (f", and what spoke for {spoken}" if explain and worst else ""))
     for place, (tile, caption) in enumerate(zip(tiles, captions), 1):
         axes = figure.add_subplot(rows, columns, place)
         axes.imshow(tile)
