@@ -169,7 +169,7 @@ def draw_confusion(
     names, counts = list(map(shown, answers.classes)), count_confusion(answers)
     many, ticks = len(names) > 25, "auto" if len(names) <= 250 else False  # a thousand names take a minute
     side = max(min(16, 2.5 + 0.75 * len(names)), bool(ticks) * min(40, 0.15 * len(names)))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    figure = Figure(figsize=(side + (1.6 if many else 0.8), side), layout="constrained")  # room for the bar
     (axes := figure.subplots()).tick_params(labelsize=6 if many else 10)
     seaborn.heatmap(pd.DataFrame(counts, names, names), annot=not many, fmt="d", cmap="Blues", square=True,
                     xticklabels=ticks, yticklabels=ticks, cbar=many, ax=axes,
