@@ -101,7 +101,7 @@ class Candidate:
     """One model that was tried."""
     name: str  # unique in the run, like "mobilenet_v2 160 fine-tuned"
     stage: str  # "race", "head", "trial" or "fine-tune"
-    backbone: str  # a key of models.ZOO
+    backbone: str  # a key of zoo.ZOO
     size: int  # side of the network's input, pixels
     figures: dict[str, Any] = field(default_factory=dict)  # validation figures; empty where it has none
     epochs: float = 0.0  # passes over the training pictures that changed the backbone

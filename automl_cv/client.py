@@ -149,7 +149,7 @@ class Client:
     url: str  # its address, like http://127.0.0.1:8000
     headers: Mapping[str, str] = field(default_factory=dict)  # like {"Authorization": "Bearer ..."}
     timeout: float = 30.0  # seconds, of one try
-    tries: int = 7  # with their pauses about 12 s, or what the service asks for
+    tries: int = 7  # with their pauses 6 to 13 s, or what the service asks for
 
     def predict(self, path: str | Path, **options: Any) -> dict[str, Any]:
         """Return the service's answer to a picture file. Raises AutomlError with the service's code."""

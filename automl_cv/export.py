@@ -222,7 +222,7 @@ def _revision(folder: Path) -> Iterator[Path]:
 # %% ../nbs/01h_export.ipynb #408981be
 def annotate_bundle(
     folder: Path,  # an existing bundle
-    metrics: dict[str, Any],  # as evaluate.measure gives them
+    metrics: dict[str, Any],  # as answers.measure gives them
 ) -> dict[str, Any]:  # the content of model.json
     """Add test figures to a bundle's model.json and card."""
     with _revision(folder) as draft:

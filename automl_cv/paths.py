@@ -24,7 +24,7 @@ class Head:
     """A linear classifier on raw features."""
     weight: np.ndarray  # float32 [C, D]
     bias: np.ndarray  # float32 [C]
-    unit: bool = False  # features are brought to length 1 first; such a head is not a network's last layer
+    unit: bool = False  # features are brought to length 1 first; fine-tuning starts from no such head
 
     def logits(
         self,

@@ -29,7 +29,7 @@ def is_small(
 @dataclass(frozen=True)
 class Entrant:
     """A backbone at a size, and what the race knows of it."""
-    backbone: str  # a key of models.ZOO
+    backbone: str  # a key of zoo.ZOO
     size: int  # side of the network's input, pixels
     forward: float = 0.0  # pictures per second without gradients, on this machine
     train: float = 0.0  # pictures per second in training

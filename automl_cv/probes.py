@@ -200,7 +200,7 @@ def save_head(
 # %% ../nbs/01k_probes.ipynb #608b7a32
 def find_head(
     run: Run,  # perhaps after step 2
-    backbone: str,  # a key of models.ZOO
+    backbone: str,  # a key of zoo.ZOO
     size: int,  # side of the network's input, pixels
 ) -> HeadConfig | None:  # None where there is none, and for a backbone that was never trained
     """Look up the settings of the head that fine-tuning may start from."""
@@ -213,7 +213,7 @@ def find_head(
 # %% ../nbs/01k_probes.ipynb #9e55cbef
 def load_head(
     run: Run,  # perhaps with a head
-    backbone: str,  # a key of models.ZOO
+    backbone: str,  # a key of zoo.ZOO
     size: int,  # side of the network's input, pixels
 ) -> Head | None:  # None where there is none for this network
     """Find the head that was fitted to a backbone's features at a size."""

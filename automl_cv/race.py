@@ -31,7 +31,7 @@ from .zoo import ZOO, find_backbone
 
 # %% ../nbs/01j_race.ipynb #c12e1573
 def useful_sizes(
-    backbone: str,  # a key of models.ZOO
+    backbone: str,  # a key of zoo.ZOO
     side: int,  # of a usual picture's shorter side, pixels
     wanted: int = 0,  # by the user; 0 for no wish
 ) -> list[int]:  # at least one, pixels
@@ -47,7 +47,7 @@ SCRATCH = "small_cnn"  # learns from scratch in minutes on a CPU; the others nee
 
 # %% ../nbs/01j_race.ipynb #63c73c6d
 def line_up(
-    backbone: str,  # a key of models.ZOO, or "auto"
+    backbone: str,  # a key of zoo.ZOO, or "auto"
     size: int,  # side of the network's input, pixels; 0 tries several
     pretrained: bool,  # start from pretrained weights
     side: int = 160,  # of a usual picture's shorter side, pixels
@@ -75,9 +75,9 @@ class Track:
     metric: str  # a key of champion.METRICS; empty takes the task's
     seed: int
 
-    def images(self, split: str, size: int, count: int = 0) -> Images:  # `count` pictures; 0 for all
-        """Load a nested sample of a split."""
-        return load_images(self.run, split, make_policy(self.transforms, size), count, self.seed)
+    def images(self, splits: str | tuple[str, ...], size: int, count: int = 0) -> Images:  # 0 for all
+        """Load a nested sample of splits."""
+        return load_images(self.run, splits, make_policy(self.transforms, size), count, self.seed)
 
     def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
         """Judge logits, [N, C], against targets."""
@@ -90,7 +90,7 @@ def probe(
     model: Classifier,  # its body is used, frozen
     size: int,  # side of the network's input, pixels
     count: int = 0,  # training pictures; 0 for all
-) -> tuple[Any, np.ndarray, np.ndarray]:  # heads.Head; logits and targets of validation pictures
+) -> tuple[Any, np.ndarray, np.ndarray]:  # paths.Head; logits and targets of validation pictures
     """Fit a linear head to a sample and answer validation pictures: at most half as many."""
     train = track.images("train", size, count)
     validation = track.images("validation", size, max(100, count // 2) if count else 0)

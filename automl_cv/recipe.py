@@ -25,7 +25,7 @@ from .tasks import TASKS
 class Config:
     """How to train a network."""
     task: str = "classification"  # a key of tasks.TASKS
-    backbone: str = "resnet18"  # a key of models.ZOO
+    backbone: str = "resnet18"  # a key of zoo.ZOO
     pretrained: bool = True  # start from ImageNet weights where they can be had
     transforms: str = "standard"  # a key of transforms.PRESETS
     size: int = 160  # side of the network's input, pixels

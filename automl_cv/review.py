@@ -181,7 +181,7 @@ def review(
     source: str,  # as given to `open_source`
     manifest: pd.DataFrame,  # one row per file, with `group` and `twin`
     task: str = "classification",  # or "multilabel"
-    backbone: str = "mobilenet_v2",  # a key of `models.ZOO`
+    backbone: str = "mobilenet_v2",  # a key of `zoo.ZOO`
     size: int = 192,  # of the pictures that it sees, pixels
 ) -> list[Finding]:  # mislabels, ambiguous_classes, weak_review
     """Find what needs features. Raises AutomlError source_changed, unknown_backbone."""
@@ -205,7 +205,7 @@ def review(
 # %% ../nbs/01d_review.ipynb #653d2d28
 def review_run(
     run: Run,  # a run after step 1
-    backbone: str = "mobilenet_v2",  # a key of `models.ZOO`
+    backbone: str = "mobilenet_v2",  # a key of `zoo.ZOO`
 ) -> list[Finding]:  # all findings of the run
     """Add to a run's findings what needs features. Raises AutomlError source_changed, unknown_backbone."""
     info, manifest = run.read("data"), read_manifest(run)

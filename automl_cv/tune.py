@@ -127,7 +127,7 @@ def run_trial(
     search: Search,  # what all trials share
     trial: Trial,  # asked from the study
     seconds: float = 0.0,  # time left; 0 for no limit
-) -> float:  # the headline on the validation pictures, 0 to 1
+) -> float:  # what trials are compared by, more is better
     """Run one trial and record it. Raises optuna.TrialPruned, AutomlError interrupted."""
     imbalanced = is_imbalanced(search.train.targets, search.base.task)
     config = suggest_config(trial, search.base, search.max_epochs, search.space, imbalanced)
@@ -275,7 +275,7 @@ def help_search(
 # %% ../nbs/03_tune.ipynb #67df3f58
 def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
-    backbone: str = "small_cnn",  # a key of models.ZOO
+    backbone: str = "small_cnn",  # a key of zoo.ZOO
     pretrained: bool = False,  # start from ImageNet weights where they can be had
     transforms: str = "standard",  # a key of transforms.PRESETS
     size: int = 32,  # side of the network's input, pixels
