@@ -85,10 +85,10 @@ def settle_twins(
 ) -> tuple[pd.DataFrame, int]:  # no group is on two sides; and how many pictures changed sides
     """Bring groups of twins to one side of the splits that the source brought."""
     manifest = manifest.copy()
-    judged = manifest[(manifest.status == "used") & (manifest.twin > 0) & (manifest.split != "unlabelled")]
-    rank = judged.split.map(_ORDER)
-    side = rank.groupby(judged.twin).transform("min")
-    moved = judged.index[rank != side]
+    twins = judged(manifest[manifest.twin > 0])
+    rank = twins.split.map(_ORDER)
+    side = rank.groupby(twins.twin).transform("min")
+    moved = twins.index[rank != side]
     names = {number: name for name, number in _ORDER.items()}
     manifest.loc[moved, "split"] = side[moved].map(names)
     return manifest, len(moved)

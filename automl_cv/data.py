@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .audit import Finding, audit
+from .audit import Finding, audit, judged
 from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
 from .core import AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say
 from .fixes import (apply_fixes, apply_review, findings_table, read_kinds, read_review,
@@ -42,7 +42,7 @@ def list_classes(
     task: str = "classification",  # or "multilabel"
 ) -> list[str]:  # in natural order, at least two
     """Return the classes. Raises AutomlError no_usable_image, no_class_folders, one_class_only."""
-    used = manifest[(manifest.status == "used") & (manifest.split != "unlabelled")]
+    used = judged(manifest)
     if used.empty and (manifest.reason == "no_label").any():
         raise AutomlError("no_class_folders", "The pictures lie in no class folders.",
                           "Make one folder per class, like data/cat/1.jpg and data/dog/2.jpg, or add a "
