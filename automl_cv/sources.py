@@ -41,7 +41,7 @@ def _draw(label: str, seed: int) -> bytes:
 
 # %% ../nbs/00h_sources.ipynb #28853daf
 def open_demo(
-    per_class: int = 200,  # pictures of each class, at least 1
+    per_class: int,  # pictures of each class, at least 1
 ) -> list[Item]:
     """List the drawn scenes."""
     return [Item(f"{label}/{seed:04d}.jpg", partial(_draw, label, seed)) for label in CLASSES
@@ -55,7 +55,7 @@ def _draw_elements(seed: int) -> bytes:
 
 # %% ../nbs/00h_sources.ipynb #9dc5c8db
 def open_demo_multi(
-    count: int = 600,  # pictures in all, at least 1
+    count: int,  # pictures in all, at least 1
 ) -> list[Item]:
     """List the drawn landscapes with their elements."""
     return [Item(f"{seed:05d}.jpg", partial(_draw_elements, seed), SEPARATOR.join(name_elements(seed)))
@@ -226,7 +226,7 @@ OPENERS: list[tuple[Callable[[Any], Any], Callable[[Any, str, str], Source]]] = 
     (re.compile(r"demo(:\d+)?").fullmatch, _open_demo),
     (re.compile(r"demo-multi(:\d+)?").fullmatch, _open_demo_multi),
     (re.compile(r"torchvision:.*").fullmatch, _open_torchvision),
-    (re.compile(r"[a-z]\w+://.*").match, _open_remote),
+    (is_address, _open_remote),
     (lambda url: Path(url).expanduser().is_dir(), _open_folder),
     (lambda url: Path(url).expanduser().is_file() and url.lower().endswith(TABLES), _open_table),
     (lambda url: Path(url).expanduser().is_file(), _open_archive),
