@@ -9,7 +9,6 @@ __all__ = ['RECORD', 'BLOCK_ROWS', 'BLOCK_BYTES', 'BLOCK_SECONDS', 'Place', 'MAN
 # %% ../nbs/00m_store.ipynb #7ffb015c
 import fcntl
 import mmap
-import os
 import resource
 import time
 import zlib
@@ -197,7 +196,7 @@ def _search(block: Block, wanted: set[str]) -> dict[str, Place]:
 # %% ../nbs/00m_store.ipynb #f21777d9
 def _find(folder: Path, side: int, wanted: Iterable[str]) -> dict[str, Place]:
     names, blocks, found = set(wanted), _open_store(folder, side), {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(CORES) as pool:
         searches = pool.map(lambda block: _search(block, names), blocks)
         for places in track(searches, "checking pictures", len(blocks)):
             found |= places
