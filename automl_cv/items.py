@@ -121,7 +121,7 @@ def lay_out(
     paths = telling_paths(items)
     depth = _unwrap(paths)
     has_splits = _splits_at(paths, depth) if paths else False
-    if has_splits is False and depth and _splits_at(paths, depth - 1):
+    if not has_splits and depth and _splits_at(paths, depth - 1):
         depth, has_splits = depth - 1, True
     placed, wrapper = [], paths[0][:depth] if paths else []
     for item in items:

@@ -297,10 +297,7 @@ def open_remote(
     found, root = _list(url), connect(url)[1]
     if not found:
         raise _refuse(url, FileNotFoundError())
-    items = []
-    for path in sorted(found):
-        items.append(_item(path[len(root) + 1:], describe(url, path, found[path])))
-    return items
+    return [_item(path[len(root) + 1:], describe(url, path, found[path])) for path in sorted(found)]
 
 # %% ../nbs/00f_remote.ipynb #ac7e15b2
 MANY = 20  # objects of one folder, from which on the folder is listed
