@@ -57,7 +57,7 @@ def view_banks(
     model: Classifier,  # its body is used, frozen
     images: Images,  # N pictures
     size: int,  # side of the network's input, pixels
-    views: tuple[str, ...] = ("plain",),  # of `features.VIEWS`
+    views: tuple[str, ...] = ("plain",),  # of `layers.VIEWS`
 ) -> dict[str, np.ndarray]:  # float16 [N, D] by view
     """Extract features of several views."""
     return {view: np.asarray(feature_bank(model, images, size, view)) for view in views}

@@ -23,9 +23,10 @@ from .cache import Images, decode_rows
 from .convolutions import to_device
 from .core import Run, check_stop
 from .data import encode_targets, natural_key, read_manifest, write_results
-from .features import VIEWS, feature_bank
+from .features import feature_bank
 from .fixes import REVIEWED
 from .items import SEPARATOR, split_labels
+from .layers import VIEWS
 from .models import create_model
 from .pixels import Policy
 from .sources import open_source
