@@ -200,20 +200,19 @@ def hash_file(
 def write_bytes(
     path: Path,  # where the file shall be
     data: bytes,  # its whole content
-) -> str:  # the sha256 of the content
+) -> None:
     """Write a file so that a kill leaves the old one or the new one."""
     with atomic_path(path) as draft:
         draft.write_bytes(data)
-    return hash_bytes(data)
 
 # %% ../nbs/00_core.ipynb #d2c6d230
 def write_json(
     path: Path,  # where the file shall be
     value: Any,  # anything that JSON can hold; NaN and infinity are refused
-) -> str:  # the sha256 of the content
+) -> None:
     """Write a value as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_bytes(path, f"{text}\n".encode())
+    write_bytes(path, f"{text}\n".encode())
 
 # %% ../nbs/00_core.ipynb #25fe845e
 def read_json(
@@ -248,9 +247,9 @@ class Run:
         """Where the train step writes the model bundle."""
         return self.path / "model"
 
-    def write(self, name: str, value: Any) -> str:  # the sha256 of the file
+    def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the run, atomically."""
-        return write_json(self.path / f"{name}.json", value)
+        write_json(self.path / f"{name}.json", value)
 
     def read(self, name: str, default: Any = None) -> Any:  # the value, or the default where there is none
         """Read a JSON file of the run."""
