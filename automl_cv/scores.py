@@ -150,17 +150,17 @@ def abstention_threshold(
     confidence: np.ndarray,  # float [N], how sure each answer is, of pictures outside training
     right: np.ndarray,  # bool [N], whether it is right
     target_accuracy: float = 0.99,  # of the answers that are kept, 0 to 1
-) -> tuple[float, float, float]:  # least confidence, and of what it keeps: share of N, and accuracy or NaN
+) -> tuple[float, float]:  # least confidence, and the share of N that it keeps
     """Find the least confidence from which on answers are as accurate as they must be."""
     order = np.argsort(-confidence, kind="stable")
     sure, errors, kept = confidence[order], (~right[order]).cumsum(), np.arange(1, len(right) + 1)
     ends = np.append(sure[1:] < sure[:-1], True)  # equal answers are kept together
     good = np.flatnonzero(ends & (errors + 1 <= (1 - target_accuracy) * (kept + 1) + 1e-9))
     if not len(good):
-        return NEVER, 0.0, math.nan
+        return NEVER, 0.0
     last = good[-1]
     threshold = (sure[last] + sure[min(last + 1, len(sure) - 1)]) / 2
-    return float(threshold), float((last + 1) / len(sure)), float(1 - errors[last] / (last + 1))
+    return float(threshold), float((last + 1) / len(sure))
 
 # %% ../nbs/00n_scores.ipynb #344777e0
 def _with_abstention(task: str, logits: np.ndarray, targets: np.ndarray, fitted: dict[str, Any],
@@ -168,8 +168,9 @@ def _with_abstention(task: str, logits: np.ndarray, targets: np.ndarray, fitted:
     task, labels = TASKS[task], fitted["thresholds"].get("labels")
     probabilities = task.probabilities(logits / np.asarray(fitted["temperature"]))
     wrong = task.decide(probabilities, labels) != task.mark(targets, logits.shape[1])
-    found = abstention_threshold(task.confidence(probabilities, labels), ~wrong.any(axis=1), target_accuracy)
-    stated = {"abstain": found[0], "coverage": found[1], "target_accuracy": target_accuracy}
+    least, coverage = abstention_threshold(task.confidence(probabilities, labels), ~wrong.any(axis=1),
+                                           target_accuracy)
+    stated = {"abstain": least, "coverage": coverage, "target_accuracy": target_accuracy}
     return fitted | {"thresholds": fitted["thresholds"] | stated}
 
 # %% ../nbs/00n_scores.ipynb #6249c485
