@@ -82,11 +82,10 @@ class ColourModel(nn.Module):
 def torch_logits(
     model: nn.Module,  # takes uint8 [N, S, S, 3]
     images: np.ndarray,  # uint8 [N, S, S, 3]
-    batch: int = 64,  # pictures per call
 ) -> np.ndarray:  # float32 [N, C]
     """Run a torch network over pictures in batches."""
     model.eval()
-    parts = [model(torch.tensor(images[i:i + batch])).float() for i in range(0, len(images), batch)]
+    parts = [model(torch.tensor(images[i:i + 64])).float() for i in range(0, len(images), 64)]
     return torch.cat(parts).numpy()
 
 # %% ../nbs/01h_export.ipynb #933b25a0
@@ -96,12 +95,11 @@ onnxruntime.disable_telemetry_events()  # the wheel has had a reporter since 1.3
 def onnx_logits(
     path: Path,  # an ONNX graph
     images: np.ndarray,  # uint8 [N, S, S, 3]
-    batch: int = 64,  # pictures per call
 ) -> np.ndarray:  # float32 [N, C]
     """Run an ONNX graph over pictures in batches."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(None, {"images": images[i:i + batch]})[0]
-                           for i in range(0, len(images), batch)])
+    return np.concatenate([session.run(None, {"images": images[i:i + 64]})[0]
+                           for i in range(0, len(images), 64)])
 
 # %% ../nbs/01h_export.ipynb #ba747590
 def parity(

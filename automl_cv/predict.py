@@ -250,7 +250,6 @@ GPU_BATCH = 16  # pictures in one call of a GPU
 # %% ../nbs/04a_predict.ipynb #98b9a1a6
 def fastest(
     folder: Path,  # a bundle
-    rounds: int = 5,  # at least 1
     batch: int = 0,  # pictures of different requests in one call; 0 decides: 16 on a GPU, else 1
 ) -> Predictor:
     """Load what answers fastest here. Raises AutomlError as `Predictor` does."""
@@ -259,7 +258,7 @@ def fastest(
     alone = plain.precision == "int8" or on_gpu(plain.session)
     rivals = [plain] if alone else [plain, *_rivals(plain, Path(folder), threads)]
     if len(rivals) > 1:
-        plain = rivals[choose([[_seconds(rival) for rival in rivals] for _ in range(rounds)])]
+        plain = rivals[choose([[_seconds(rival) for rival in rivals] for _ in range(5)])]
     batch = batch or (GPU_BATCH if on_gpu(plain.session) else 1)
     plain.session = Together(plain.session, batch) if batch > 1 else plain.session
     return plain

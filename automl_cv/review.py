@@ -206,7 +206,7 @@ def review(
 # %% ../nbs/01d_review.ipynb #653d2d28
 def review_run(
     run: Run,  # a run after step 1
-    backbone: str = "mobilenet_v2",  # a key of `zoo.ZOO`
+    backbone: str,  # a key of `zoo.ZOO`
 ) -> list[Finding]:  # all findings of the run
     """Add to a run's findings what needs features. Raises AutomlError source_changed, unknown_backbone."""
     info, manifest = run.read("data"), read_manifest(run)

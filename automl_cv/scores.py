@@ -104,10 +104,9 @@ def bootstrap(
     logits: np.ndarray,  # float [N, C]
     truth: np.ndarray,  # bool [N, C], at least one True
     resamples: int = 100,
-    seed: int = 0,
 ) -> tuple[float, float]:  # lower and upper end of the 95 % interval, 0 to 1
     """Return the bootstrap interval of mean average precision over pictures."""
-    ranking, random, count = rank_pictures(logits, truth), np.random.default_rng(seed), len(truth)
+    ranking, random, count = rank_pictures(logits, truth), np.random.default_rng(0), len(truth)
     draws = [weighted_map(ranking, np.bincount(random.integers(count, size=count), minlength=count))
              for _ in range(resamples)]
     edge = 0.25 / count  # the log-odds of 0 and 1 are infinite

@@ -125,17 +125,16 @@ def split_rows(
 # %% ../nbs/00n_splits.ipynb #774d2014
 def assign_folds(
     manifest: pd.DataFrame,  # with splits
-    folds: int = 5,  # at least 2
     task: str = "classification",  # or "multilabel"
     seed: int = 0,
-) -> pd.Series:  # int64, 0 to folds - 1 for training and validation pictures, -1 for all other rows
-    """Share the training and validation pictures out into folds."""
+) -> pd.Series:  # int64, 0 to 4 for training and validation pictures, -1 for all other rows
+    """Share the training and validation pictures out into five folds."""
     rows = manifest[(manifest.status == "used") & manifest.split.isin(["train", "validation"])]
     groups = join_groups(rows.group, rows.twin)
     if len(set(groups)) == 1:
         say(f"WARNING: All training pictures are of one group, {rows.group.iloc[0]!r}: folds ignore it.")
         groups = join_groups(rows.twin)
-    parts = stratify(_indices(rows.label, task), groups, [1 / folds] * folds, seed=seed)
+    parts = stratify(_indices(rows.label, task), groups, [0.2] * 5, seed=seed)
     found = pd.Series(-1, manifest.index, dtype=np.int64)
     found[rows.index] = parts
     return found

@@ -196,7 +196,6 @@ def run_trials(
     wanted: int,  # finished trials, at least 1
     ready: Callable[[], bool] = lambda: True,  # asked before each trial; False ends the search
     after: Callable[[FrozenTrial], None] = lambda trial: None,  # told of each of its trials, once it counts
-    pause: float = 0.5,  # seconds between two looks at the other workers
 ) -> None:
     """Run trials, beside any other workers, until enough have finished. Raises what `objective` raises."""
     while True:
@@ -208,7 +207,7 @@ def run_trials(
             return
         if finished + running >= wanted:
             check_stop()
-            time.sleep(pause)
+            time.sleep(0.5)  # until the next look at the other workers
             continue
         taken_away: list[int] = []
         try:
