@@ -119,6 +119,7 @@ class Predictor:
         trusted, limits = partial(checked, folder, info), info["thresholds"]
         self.policy, self.task, self.classes = Policy(**info["policy"]), TASKS[info["task"]], info["classes"]
         self.thresholds, self.abstain, self.alarm = map(limits.get, THRESHOLDS, THRESHOLDS.values())
+        self.can_doubt = self.abstain is not None or self.alarm is not None
         self.outliers = None if self.alarm is None else load_outliers(trusted("ood.npz"))
         self.precision = precision if info.get("int8", {}).get("passed") else "fp32"
         self.sha256 = hash_file(Path(folder) / "model.json")  # which holds the hashes of all other files
@@ -132,10 +133,6 @@ class Predictor:
         logits, *features = self.session.run(wanted, {"images": images})
         probabilities = self.task.probabilities(logits / np.float32(self.info["temperature"]))
         return probabilities, self.outliers.score(*features).tolist() if features else [None] * len(images)
-
-    def probabilities(self, images: np.ndarray) -> np.ndarray:  # uint8 [N, S, S, 3] to float32 [N, C]
-        """Return the calibrated probabilities alone."""
-        return self.ask(images)[0]
 
     def decode(self, data: bytes, limits: Limits = UPLOAD) -> tuple[np.ndarray, list[str]]:
         """Decode a picture as training did, to uint8 [S, S, 3] and notes. Raises AutomlError."""
@@ -166,7 +163,7 @@ def judge(
         found = predictor.task.decide(row, predictor.thresholds).nonzero()[0]
         labels = {classes[i]: float(row[i]) for i in found}
     reason = _doubt(predictor, row, outlier)
-    uncertain = None if predictor.abstain is None and predictor.alarm is None else bool(reason)
+    uncertain = bool(reason) if predictor.can_doubt else None
     return Prediction(classes[best], float(row[best]), best, row, tuple(notes), labels,
                       uncertain, reason, outlier)
 

@@ -20,7 +20,6 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from . import __version__
-from .batch import can_doubt
 from .bodies import MAX_BATCH, many_files, one_body
 from .bulk import Upload, answer_uploads, csv_head, csv_row, json_row, list_uploads
 from .core import AutomlError
@@ -57,7 +56,7 @@ UPLOADS = {"requestBody": {"required": True, "content": {
 # %% ../nbs/05de_routes.ipynb #7cc80214
 async def _rows(request: Request, predictor: Predictor, uploads: list[Upload], top_k: int,
                 everything: bool, kind: str) -> AsyncIterator[str]:
-    classes, doubts, metrics = predictor.classes, can_doubt(predictor), request.app.state.metrics
+    classes, doubts, metrics = predictor.classes, predictor.can_doubt, request.app.state.metrics
     if kind == "csv":
         yield csv_head(classes, doubts)
     async with aclosing(answer_uploads(request.app.state.pool, predictor, uploads)) as answers:
