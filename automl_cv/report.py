@@ -24,7 +24,7 @@ from PIL import Image
 
 from .audit import Finding, by_class
 from .core import AutomlError, atomic_path
-from .items import SEPARATOR, Item
+from .items import Item
 from .pixels import DATASET, decode, to_square
 
 # %% ../nbs/00o_report.ipynb #7e7c2ce5
@@ -38,9 +38,7 @@ def count_classes(
     task: str = "classification",  # or "multilabel"
 ) -> pd.DataFrame:  # one row per class, one column per split
     """Count the used pictures of each class and split."""
-    used = manifest.loc[manifest.status == "used", ["label", "split"]]
-    if task == "multilabel":
-        used = used.assign(label=used.label.str.split(SEPARATOR, regex=False)).explode("label")
+    used = by_class(manifest[manifest.status == "used"], task)
     return pd.crosstab(used.label, used.split).reindex(index=classes, columns=SPLITS, fill_value=0)
 
 # %% ../nbs/00o_report.ipynb #d870e9c1
@@ -129,16 +127,13 @@ def gallery(
     items: dict[str, Item],  # of a source, by name
     manifest: pd.DataFrame,  # one row per file, with splits
     classes: list[str],  # the first forty are shown
-    count: int = 10,  # pictures per class
+    task: str = "classification",  # or "multilabel"
 ) -> dict[str, list[str]]:  # by class, addresses for `img`
-    """Choose training pictures of each class."""
-    train = manifest[(manifest.status == "used") & (manifest.split == "train")]
-    held = train.label.str.split(SEPARATOR, regex=False)
-    shown = {}
+    """Choose ten training pictures of each class."""
+    train, shown = by_class(manifest[(manifest.status == "used") & (manifest.split == "train")], task), {}
     for label in classes[:40]:
-        mine = train[(train.label == label) | held.map(lambda labels: label in labels)]
-        paths = mine.path.sample(min(count, len(mine)), random_state=0)
-        shown[label] = [tile(items.get(path)) for path in paths]
+        mine = train.path[train.label == label]
+        shown[label] = [tile(items.get(path)) for path in mine.sample(min(10, len(mine)), random_state=0)]
     return shown
 
 # %% ../nbs/00o_report.ipynb #a230fa47
@@ -167,11 +162,12 @@ def write_report(
 ) -> None:
     """Write the report as one HTML file."""
     used, unused = (manifest[(manifest.status == "used") == wanted] for wanted in (True, False))
-    classes, counts = summary["classes"], count_classes(manifest, summary["classes"], summary["task"])
+    classes, task = summary["classes"], summary["task"]
+    counts = count_classes(manifest, classes, task)
     drawings = {"Pictures per class": draw_counts(counts), "Sizes": draw_sizes(used),
                 "Brightness": draw_brightness(by_class(used, summary["task"]), classes)}
     page = Environment(loader=PackageLoader("automl_cv"), autoescape=True).get_template("report.html")
-    text = page.render(summary, counts=counts.T.to_dict(), gallery=gallery(items, manifest, classes),
+    text = page.render(summary, counts=counts.T.to_dict(), gallery=gallery(items, manifest, classes, task),
                        drawings={title: to_svg(figure) for title, figure in drawings.items()},
                        sections=_sections(items, findings, dict(zip(manifest.path, manifest.label))),
                        reasons=unused.groupby(["status", "reason"]).size().to_dict(),
