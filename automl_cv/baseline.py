@@ -64,7 +64,7 @@ def probe_pixels(
 # %% ../nbs/02_baseline.ipynb #a90ede70
 def standard_config(
     backbone: str = "resnet18",  # a key of zoo.ZOO
-    pretrained: bool = True,  # start from ImageNet weights where they can be had
+    pretrained: bool = True,  # start from pretrained weights where they can be had
     few: bool = False,  # pictures
     **changes: Any,  # fields of Config
 ) -> Config:
@@ -173,7 +173,7 @@ def _judge(track: Track, config: Config, terms: Terms, entrants: list[Entrant], 
 def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     backbone: str = "small_cnn",  # a key of zoo.ZOO; "auto" lets all race whose weights can be had
-    pretrained: bool = False,  # start from ImageNet weights where they can be had
+    pretrained: bool = False,  # start from pretrained weights where they can be had
     transforms: str = "standard",  # a key of transforms.PRESETS
     size: int = 32,  # side of the network's input, pixels; 0 lets the backbone's sizes race
     epochs: int = 3,  # of fine-tuning with standard settings; 0 for none

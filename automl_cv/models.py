@@ -212,7 +212,7 @@ def _fill(model: Classifier, state: dict[str, Tensor]) -> None:
 def create_model(
     backbone: str,  # a key of `ZOO`
     classes: int,  # number of classes, at least 2
-    pretrained: bool = True,  # start from ImageNet weights where they can be had
+    pretrained: bool = True,  # start from pretrained weights where they can be had
     seed: int = 0,  # of the random initialisation
 ) -> Classifier:  # on the CPU, channels_last; its `pretrained` says what it really started from
     """Build a classifier. Raises AutomlError unknown_backbone."""

@@ -34,7 +34,7 @@ class Request:
     """One call of `automl-cv run`."""
     source: str  # a folder, archive, table, address, torchvision:NAME, demo:N or demo-multi:N
     backbone: str = "auto"  # a key of zoo.ZOO; "auto" lets all race whose weights can be had
-    pretrained: bool = True  # start from ImageNet weights where they can be had
+    pretrained: bool = True  # start from pretrained weights where they can be had
     transforms: str = "standard"  # a key of transforms.PRESETS
     size: int = 0  # side of the network's input, pixels; 0 lets the backbone's sizes race
     seconds: float = 900.0  # time for everything; 0 for no limit

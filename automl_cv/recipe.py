@@ -26,7 +26,7 @@ class Config:
     """How to train a network."""
     task: str = "classification"  # a key of tasks.TASKS
     backbone: str = "resnet18"  # a key of zoo.ZOO
-    pretrained: bool = True  # start from ImageNet weights where they can be had
+    pretrained: bool = True  # start from pretrained weights where they can be had
     transforms: str = "standard"  # a key of transforms.PRESETS
     size: int = 160  # side of the network's input, pixels
     epochs: int = 3  # passes over the training pictures, at least 1

@@ -185,7 +185,7 @@ def _close(run: Run, record: Record) -> dict[str, Any]:
 def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     backbone: str = "small_cnn",  # a key of zoo.ZOO; used without step 3
-    pretrained: bool = False,  # start from ImageNet weights where they can be had; used without step 3
+    pretrained: bool = False,  # start from pretrained weights where they can be had; used without step 3
     transforms: str = "standard",  # a key of transforms.PRESETS; used without step 3
     size: int = 32,  # side of the network's input, pixels; used without step 3
     batch_size: int = 32,  # pictures per step; used without step 3

@@ -276,7 +276,7 @@ def help_search(
 def run_step(
     run_dir: str = "",  # the run's folder; empty makes a throw-away run on drawn pictures
     backbone: str = "small_cnn",  # a key of zoo.ZOO
-    pretrained: bool = False,  # start from ImageNet weights where they can be had
+    pretrained: bool = False,  # start from pretrained weights where they can be had
     transforms: str = "standard",  # a key of transforms.PRESETS
     size: int = 32,  # side of the network's input, pixels
     trials: int = 3,  # finished trials wanted, pruned ones included; 0 takes known settings

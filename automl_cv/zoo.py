@@ -42,7 +42,7 @@ class Backbone:
     name: str  # as the user writes it
     source: str  # where network and weights come from: "torchvision", "timm" or "here"
     build: Callable[..., nn.Module]  # takes num_classes
-    weights: str  # the source's name of the ImageNet weights; "" for none
+    weights: str  # the source's name of the pretrained weights; "" for none
     head: str  # attribute path of the last linear layer
     gmacs: float  # cost of one 224 x 224 picture, 10^9 multiply-adds
     parameters: float  # of all but the head, millions
