@@ -45,7 +45,7 @@ CODES = {
     "non_finite_pixels": Code(422, 3, "The picture holds no usable numbers"),
     "bad_archive": Code(400, 3, "The archive cannot be read"),
     "empty_archive": Code(422, 3, "The archive is empty"),
-    "too_many_files": Code(413, 3, "The archive holds too many files"),
+    "too_many_files": Code(413, 3, "There are too many files"),
     "archive_too_large": Code(413, 3, "The archive unpacks to too much"),
     "password_protected": Code(422, 3, "The archive is encrypted"),
     "overlapping_entries": Code(422, 3, "The archive's entries overlap"),
