@@ -23,8 +23,9 @@ from sklearn.metrics import average_precision_score, confusion_matrix, precision
 from .core import AutomlError, check_stop, hash_bytes, track
 from .items import Item
 from .pixels import DATASET
-from .predict import Prediction, Predictor, cores
+from .predict import Prediction, Predictor
 from .scores import JUDGES, wilson
+from .sessions import cores
 from .sources import open_source
 from .tasks import TASKS, Task
 

@@ -18,9 +18,9 @@ from .cache import Images
 from .core import AutomlError, Run
 from .engines import extract_features
 from .export import export_bundle, onnx_logits, parity, torch_logits
-from .learner import Config
 from .models import Classifier
 from .outliers import Outliers, alarm_threshold, fit_outliers, measure_spread, promised_rate
+from .recipe import Config
 from .scores import JUDGES
 from .transforms import make_policy
 from .zoo import find_backbone

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .core import hash_bytes, home, read_json, write_json
-from .cost import has_bfloat16, light_batch, pictures_per_second, trial_pictures
+from .cost import light_batch, pictures_per_second, trial_pictures
+from .machine import has_bfloat16
 from .models import Classifier
 from .zoo import find_backbone
 

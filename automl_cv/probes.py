@@ -26,10 +26,10 @@ from .engines import engine_speeds
 from .features import feature_bank
 from .heads import Head, HeadConfig, KnnHead, MlpHead, fit_head, head_grid, search_heads
 from .layers import VIEWS, with_head
-from .learner import Config
 from .models import Classifier, create_model
 from .plan import Entrant, is_small
 from .race import Track, folds_of, probe
+from .recipe import Config
 
 # %% ../nbs/01k_probes.ipynb #0e750e59
 def starts_training(

@@ -15,7 +15,7 @@ from optuna.trial import Trial
 
 from .baseline import original_config, standard_config
 from .core import look_up
-from .learner import Config
+from .recipe import Config
 from .tasks import TASKS
 from .zoo import find_backbone
 
