@@ -239,7 +239,7 @@ def _aim(bank: Bank, lines: _Lines) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/01c_paths.ipynb #5c4f0669
 TOLERANCE = 3e-3  # change of the logits by a step, root mean square over training pictures
-LOOKS = 100  # at one penalty, at most
+LOOKS = 40  # at one penalty, at most
 
 # %% ../nbs/01c_paths.ipynb #8c8876c5
 def _arrived(lines: _Lines, taken: Tensor, promise: Tensor, tolerance: float) -> Tensor:
