@@ -21,6 +21,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .bodies import STRIDE
 from .core import AutomlError
 from .life import GRACE_SECONDS, LEAVE_SECONDS, SPEAK_SECONDS
 
@@ -75,7 +76,7 @@ class Joined:
         self.transport.close()
 
 # %% ../nbs/05dda_leave.ipynb #7dd7ba92
-HEAD_BYTES, HEAD_SECONDS = 2**16, 30  # that the head of a request may have, and that the first may take
+HEAD_BYTES, HEAD_SECONDS = 2**16, 30  # that the head of a request may have, and that it may take
 
 
 class Guest(HttpToolsProtocol):
@@ -84,27 +85,31 @@ class Guest(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to wait for the first request."""
         super().connection_made(Joined(transport))
-        self.head, self.has_body = 0, False  # bytes of a head so far; whether its body is on its way
+        self.head, self.came = 0, 0  # bytes of a head so far, or of trailers; of bodies lately
         self.impatience = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless a head has no end."""
+        """Read on, unless a head has no end, and wait for the next one where nothing is being answered."""
         if self.head > HEAD_BYTES:
             return self.send_400_response("The head of the request is too long.")
-        if not self.has_body:
-            self.head += len(data)
+        self.head += len(data)
         super().data_received(data)
+        if self.cycle and self.cycle.response_complete and self.impatience.cancelled():
+            self.impatience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def on_headers_complete(self) -> None:
         """Begin to answer."""
-        self.head, self.has_body = 0, True
+        self.head = 0
         self.impatience.cancel()
         super().on_headers_complete()
 
-    def on_message_complete(self) -> None:
-        """Look for the next head."""
-        self.has_body = False
-        super().on_message_complete()
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body, which is no head, and wait longer for each megabyte."""
+        self.head, self.came = 0, self.came + len(body)
+        if self.came >= STRIDE:
+            self.came = 0
+            self.impatience.cancel()
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
