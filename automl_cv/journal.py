@@ -7,6 +7,7 @@ __all__ = ['SECONDS', 'SHARES', 'Metrics', 'Journal']
 
 # %% ../nbs/05d_journal.ipynb #87b19260
 import json
+import select
 import sys
 import time
 from collections.abc import Callable, Set
@@ -71,8 +72,9 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make o
 
 def _say(line: dict[str, Any]) -> None:
     with suppress(OSError, ValueError):
-        sys.stdout.write(f"{_encode(line)}\n")
-        sys.stdout.flush()
+        if select.select([], [sys.stdout], [], 0)[1]:  # else it would wait, and all requests with it
+            sys.stdout.write(f"{_encode(line)}\n")
+            sys.stdout.flush()
 
 # %% ../nbs/05d_journal.ipynb #3c0517b3
 class _Reply:
@@ -101,7 +103,7 @@ def _line(scope: Scope, name: str, reply: _Reply, seconds: float) -> dict[str, A
     severity = "WARNING" if reply.cut else _severity(reply.status)
     return {"severity": severity, "message": f"{name} {reply.status}",
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "httpRequest": {"requestMethod": scope["method"], "requestUrl": scope["path"],
+            "httpRequest": {"requestMethod": scope["method"], "requestUrl": scope["path"][:500],
                             "status": reply.status, "latency": f"{seconds:.6f}s"}}
 
 # %% ../nbs/05d_journal.ipynb #db311297

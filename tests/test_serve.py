@@ -341,6 +341,17 @@ def test_full_log_disk_fails_no_request(start, bundle, tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
+def test_log_that_nobody_reads_stops_no_request(start, bundle, tmp_path):
+    os.mkfifo(tmp_path / "journal.txt")
+    reader = os.open(tmp_path / "journal.txt", os.O_RDONLY | os.O_NONBLOCK)
+    with start(bundle) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        assert [client.get(f"/{500 * '%01'}").status_code for _ in range(40)] == [404] * 40  # more than a pipe holds
+        assert client.get("/health/ready").status_code == 200
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+    os.close(reader)
+
+
 def test_full_queue_is_said_at_once(start, bundle):
     """Sixty photos at once: some are answered, the others are told when to come back, and health answers."""
     file = io.BytesIO()
