@@ -11,9 +11,10 @@ import gc
 if STARTED := __name__ == "__main__" and bool(__spec__):  # not where a notebook runs this
     gc.disable()
 
-from .loading import begin_loading, note_hangups, read_number
+from .loading import begin_loading, note_hangups, open_streams, read_number
 
 if STARTED:
+    open_streams()
     note_hangups()
 EARLY = [begin_loading()] if STARTED else []
 

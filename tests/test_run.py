@@ -166,6 +166,12 @@ def test_two_processes_do_not_share_a_run(tmp_path):
     process.communicate()
 
 
+def test_reader_that_leaves_ends_a_check_without_a_word(tmp_path):
+    process = automl_cv(tmp_path, "check", "demo:24")
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 141)
+
+
 def test_decisions_are_never_overwritten(tmp_path):
     folder = tmp_path / "data"
     for label in CLASSES[:2]:

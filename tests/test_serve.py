@@ -352,6 +352,14 @@ def test_log_that_nobody_reads_stops_no_request(start, bundle, tmp_path):
     os.close(reader)
 
 
+def test_service_without_standard_streams_answers(start, bundle, plain):
+    code = ("import os, sys; os.closerange(0, 3);"
+            "os.execv(sys.executable, [sys.executable, '-m', 'automl_cv.serve'])")
+    with start(bundle, ("-c", code)) as server:
+        reply = httpx.post(f"{server.url}/predict", files={"file": plain("red")}, trust_env=False)
+        assert reply.json()["label"] == "red"
+
+
 def test_full_queue_is_said_at_once(start, bundle):
     """Sixty photos at once: some are answered, the others are told when to come back, and health answers."""
     file = io.BytesIO()
