@@ -6,9 +6,11 @@
 __all__ = ['EXPERIMENT', 'tracking_uri', 'connect', 'Record', 'child', 'tracked_step', 'register']
 
 # %% ../nbs/01f_tracking.ipynb #2dab126e
+import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -170,8 +172,14 @@ def tracked_step(
 # %% ../nbs/01f_tracking.ipynb #39f82809
 def _find_damage(source: str) -> str:  # a file that is missing or differs, if any
     name = "model.json"
-    with tempfile.TemporaryDirectory() as folder, suppress(MlflowException, OSError):
-        copy = Path(download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=tracking_uri()))
+    with tempfile.TemporaryDirectory() as folder, suppress(FileNotFoundError):
+        try:
+            copy = Path(download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=tracking_uri()))
+        except MlflowException as error:
+            found = re.search(r"\[Errno (\d+)\] ([^:\n]*)", str(error))  # a full disk here is no damage there
+            if found and int(found[1]) != errno.ENOENT:
+                raise OSError(int(found[1]), found[2], tempfile.gettempdir()) from None
+            return name
         for name, digest in read_json(copy / "model.json")["files"].items():
             if hash_file(copy / name) != digest:
                 return name
