@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from .batch import can_doubt
 from .core import AutomlError
 from .items import SEPARATOR
 from .predict import Prediction, Predictor, judge
@@ -26,7 +25,7 @@ OUTPUTS = {"probabilities": "FP32", "class_index": "INT64", "label": "BYTES", "l
 
 # %% ../nbs/05dc_protocol.ipynb #edf64ee2
 def _offered(predictor: Predictor) -> dict[str, str]:
-    rare = {"labels": not predictor.task.exclusive, "uncertain": can_doubt(predictor)}
+    rare = {"labels": not predictor.task.exclusive, "uncertain": predictor.can_doubt}
     return {name: kind for name, kind in OUTPUTS.items() if rare.get(name, True)}
 
 # %% ../nbs/05dc_protocol.ipynb #06f83f60
