@@ -14,7 +14,7 @@ import to the last answer; ours starts from an empty workspace every time. Every
 folder. Only ratios and CPU seconds compare between machines.
 
 Needs ../shared/data/intel and ../shared/weights, or --data and --weights (AUTOML_CV_WEIGHTS). `automl-cv run`
-gets --time, --backbone, --size and --seed alone: presets and --target-accuracy are to come.
+gets --time, --backbone, --size and --seed; everything else is left at its default.
 """
 
 import argparse
