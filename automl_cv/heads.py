@@ -84,7 +84,7 @@ class HeadConfig:
     size: int = 0  # hidden units of an MLP, neighbours of kNN
 
 
-RANGES = {"none": (1e-4, 1e0), "standard": (1e-5, 1e-1), "unit": (1e-2, 1e3)}  # penalties that can be best
+RANGES = {"standard": (1e-5, 1e-1), "none": (1e-4, 1e0), "unit": (1e-2, 1e3)}  # penalties that can be best
 
 # %% ../nbs/01ca_heads.ipynb #f0c47568
 def head_grid(

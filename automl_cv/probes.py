@@ -64,9 +64,9 @@ def view_banks(
 
 # %% ../nbs/01k_probes.ipynb #595c59f8
 def _is_cut(table: pd.DataFrame, wanted: int) -> bool:
-    if table.empty or len(table) == wanted:
-        return table.empty
-    return table.normalise.nunique() == 1 and table.penalty.iloc[0] == table.penalty.max()
+    usual = HeadConfig()
+    reached = not table.empty and table.penalty[table.normalise == usual.normalise].max() >= usual.penalty
+    return len(table) < wanted and not reached
 
 # %% ../nbs/01k_probes.ipynb #c8d6e656
 def search_head(
