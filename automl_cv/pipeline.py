@@ -190,7 +190,7 @@ def show_plan(
     for row in table:
         epochs = f"{row['epochs']:g} epochs" if row["epochs"] < 1e6 else "any epochs"
         fate = row["reason"] or f"{row['expected']:.1%} expected after {epochs} of {row['scope']}"
-        say(f"  {row['name']:22} {row['score']:.3f} on {row['pictures']} pictures, "
+        say(f"  {row['name']:22} {row['score']:.1%} on {row['pictures']} pictures, "
             f"answers {row['forward']:.0f}/s, trains {row['train']:.0f}/s: {fate}")
     time_ = f" in {plan.search_seconds:.0f} s" if plan.search_seconds else ""
     search = f"{plan.trials} trials{time_}" if plan.trials else "no search"

@@ -179,9 +179,9 @@ def plan_table(
     seconds: float,  # left for search and training; infinite without a limit
     pretrained: bool = True,
 ) -> list[dict[str, Any]]:  # name, score, pictures, forward, train, scope, epochs, expected, reason
-    """Say of each entrant what it scored, what it would cost, and why it was left behind."""
+    """Say of each entrant its accuracy or mAP, what it would cost, and why it was left behind."""
     args = pictures, seconds, pretrained
-    return [{"name": e.name, "score": abs(worth(e.figures)), "pictures": e.pictures,
+    return [{"name": e.name, "score": round(_score(e.figures), 4), "pictures": e.pictures,
              "forward": round(e.forward, 1), "train": round(e.train, 1), "scope": affordable(e, *args)[0],
              "epochs": round(min(1e6, affordable(e, *args)[1]), 1),
              "expected": round(outlook(e, *args), 4), "reason": e.reason}
