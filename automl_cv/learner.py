@@ -256,8 +256,8 @@ def save_checkpoint(
              "averaged": training.averaged.state_dict(), "optimizer": training.optimizer.state_dict(),
              "origin": training.model.origin, "pretrained": training.model.pretrained,
              "losses": [float(loss) for loss in training.losses]}
-    with atomic_path(path) as draft:
-        torch.save(state | {name: getattr(training, name) for name in SAVED}, draft)
+    with atomic_path(path) as draft, draft.open("wb") as file:  # by its name, torch hides a full disk
+        torch.save(state | {name: getattr(training, name) for name in SAVED}, file)
 
 # %% ../nbs/01e_learner.ipynb #07ad01a2
 def load_checkpoint(

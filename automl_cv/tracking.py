@@ -69,6 +69,7 @@ def connect() -> tuple[MlflowClient, str]:  # a client and the experiment's id
     """Connect to MLflow, making what is missing. Raises AutomlError source_unreachable, missing_extra."""
     home().mkdir(parents=True, exist_ok=True)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it raises, too
     with (home() / "mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if tracking_uri() == _address(_own_file()) and not _own_file().exists():

@@ -106,3 +106,14 @@ def test_a_training_does_not_go_on_without_the_weights_that_it_began_with(tmp_pa
     monkeypatch.delenv("AUTOML_CV_WEIGHTS")
     with pytest.raises(AutomlError, match="began otherwise: file small_cnn.safetensors"):
         fit(config, images, None, 2, path)
+
+
+def test_checkpoint_that_finds_no_room_says_so(tmp_path):
+    code = ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+            f"from automl_cv.commands import told\nwith told():\n    exec({CHILD!r})")
+    command = [sys.executable, "-c", code, str(tmp_path / "train.pt"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 5
+    assert done.stderr == ("error: A file could not be read or written: [Errno 27] File too large. "
+                           "Check space and rights. [disk_trouble]\n")
+    assert os.listdir(tmp_path) == []
