@@ -260,8 +260,10 @@ class Run:
 def open_run(
     folder: str | Path = "",  # the run's folder; empty makes a throw-away one in the temporary folder
 ) -> Run:
-    """Make a run's folder where it is missing, and return it."""
+    """Make a run's folder where it is missing, and return it. Raises AutomlError wrong_parameter_type."""
     path = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="automl-cv-"))
+    if re.search("[\ud800-\udfff]", str(path)):  # Parquet and SQLite take no other names
+        raise AutomlError("wrong_parameter_type", "The folder's name is not UTF-8.", "Choose another --out.")
     path.mkdir(parents=True, exist_ok=True)
     return Run(path)
 

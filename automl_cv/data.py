@@ -19,7 +19,8 @@ import pandas as pd
 
 from .audit import Finding, audit, judged
 from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
-from .core import AutomlError, Run, atomic_path, hash_bytes, hash_file, now, open_run, say
+from .core import (AutomlError, Run, atomic_path, hash_bytes, hash_file, look_up, now, open_run,
+                            say)
 from .fixes import (apply_fixes, apply_review, findings_table, read_kinds, read_review,
                              write_review)
 from .items import Source, split_labels
@@ -28,6 +29,7 @@ from .report import write_report
 from .scan import scan
 from .sources import open_source
 from .splits import assign_folds, split_rows
+from .tasks import TASKS
 
 # %% ../nbs/01_data.ipynb #c27b94ea
 def natural_key(
@@ -222,9 +224,12 @@ def run_step(
     validation: float = 0.15,  # share of the training pictures for tuning, above 0, below 1
     test: float = 0.15,  # share for the sealed test split, where the source brings none; above 0, below 1
     seed: int = 0,  # of the split
+    metric: str = "",  # what models will be chosen by, a word of the task's `metrics`; empty takes the task's
 ) -> dict[str, Any]:  # the content of data.json
     """Scan, audit and split a source; write manifest, summary and report. Raises AutomlError."""
     run, opened = open_run(run_dir), open_source(source, label_column, group_column)
+    if metric:
+        look_up(dict.fromkeys(TASKS[opened.task].metrics), metric, "metric")
     manifest, findings, moved = decide(scan(opened), opened, fix, review)
     classes = list_classes(manifest, opened.task)
     manifest = split_rows(manifest, validation, test, opened.task, seed)

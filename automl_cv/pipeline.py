@@ -237,7 +237,7 @@ def plan_step(
 ) -> dict[str, Any]:  # the step's parameters
     """Choose a step's parameters from what the earlier steps found."""
     if step == "data":
-        names = ("source", "seed", "label_column", "group_column", "fix", "review")
+        names = ("source", "seed", "label_column", "group_column", "fix", "review", "metric")
         return {name: getattr(request, name) for name in names}
     chosen = FEW_BATCH if is_small(run) else BATCH
     request = replace(request, batch_size=request.batch_size or chosen)

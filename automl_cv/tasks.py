@@ -99,6 +99,7 @@ class Task:
     name: str  # as in data.json and model.json
     metric: str  # key of the headline: the figure that tuning raises and the gate judges, 0 to 1
     title: str  # the headline's name for people
+    metrics: tuple[str, ...]  # keys of the figures that models can be chosen by
     exclusive: bool  # a picture has exactly one class
     probabilities: Callable[[np.ndarray], np.ndarray]  # from calibrated logits
     logits: Callable[[np.ndarray], np.ndarray]  # from probabilities
@@ -108,10 +109,11 @@ class Task:
 
 # %% ../nbs/00m_tasks.ipynb #37e58ab7
 TASKS: dict[str, Task] = {task.name: task for task in (
-    Task("classification", "accuracy", "accuracy", True, softmax, log_shares, pick_best, mark_class,
-         class_confidence),
-    Task("multilabel", "map", "mAP", False, sigmoid, log_odds, pass_thresholds, mark_labels,
-         label_confidence),
+    Task("classification", "accuracy", "accuracy",
+         ("accuracy", "balanced_accuracy", "macro_f1", "loss"), True,
+         softmax, log_shares, pick_best, mark_class, class_confidence),
+    Task("multilabel", "map", "mAP", ("map", "macro_f1", "loss"), False,
+         sigmoid, log_odds, pass_thresholds, mark_labels, label_confidence),
 )}
 
 # %% ../nbs/00m_tasks.ipynb #6b6e690a

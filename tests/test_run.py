@@ -204,6 +204,9 @@ def test_names_that_are_no_text(tmp_path):
     status, out, err = call(tmp_path, "check", tmp_path / "data", "--json")
     assert status == 0, err
     assert json.loads(out)["used"] == 8
+    status, _, err = call(tmp_path, "check", tmp_path / "data", "--out", os.fsdecode(folder + b"\xff"))
+    assert (status, err) == (2, "error: The folder's name is not UTF-8. Choose another --out. "
+                                "[wrong_parameter_type]\n")
 
 
 def test_notebook_refuses_parameters_that_it_does_not_know(tmp_path):
@@ -245,6 +248,15 @@ def test_run_refuses_a_space_before_any_work(tmp_path):
     status, out, err = call(tmp_path, "run", "demo:10", "--out", tmp_path / "runs/r", *TINY, "--space", "wild")
     assert (status, "[unknown_parameter]" in err, "data" in out) == (2, True, False)
     assert not list((tmp_path / "runs/r").iterdir())
+
+
+def test_run_refuses_a_metric_of_another_task_before_the_folder_is_taken(tmp_path):
+    words = "run", "demo-multi:10", "--out", tmp_path / "r", *TINY, "--metric", "balanced_accuracy"
+    status, out, err = call(tmp_path, *words)
+    assert (status, out) == (2, "1/6 data\n")
+    assert err == ("error: There is no metric 'balanced_accuracy'. Choose one of map, macro_f1, loss. "
+                   "[unknown_parameter]\n")
+    assert not (tmp_path / "r/data.json").exists()
 
 
 def test_run_folder_is_not_overwritten(tmp_path):
