@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'DARK', 'BLANK', 'BLURRY', 'TINY', 'LONG', 'COPIES', 'FEW', 'UNEVEN', 'SHOWN', 'GIVEN_AWAY', 'SAMPLE',
            'Finding', 'report', 'judged', 'find_faults', 'find_odd_files', 'find_copies', 'by_class',
-           'find_uneven_classes', 'find_missing_classes', 'spellings', 'find_similar_names', 'find_shortcuts', 'audit']
+           'find_unused_folders', 'find_uneven_classes', 'find_missing_classes', 'spellings', 'find_similar_names',
+           'find_shortcuts', 'audit']
 
 # %% ../nbs/00j_audit.ipynb #bada2594
 import re
@@ -38,6 +39,7 @@ KINDS = {  # kind: severity, proposed action
     "extreme_ratio": ("info", "look"),
     "odd_mode": ("info", "look"),
     "wrong_suffix": ("info", "look"),
+    "unused_folders": ("info", "look"),
     "missing_in_split": ("warning", "look"),
     "empty_classes": ("warning", "look"),
     "few_pictures": ("warning", "look"),
@@ -151,6 +153,25 @@ def by_class(
     """Give each picture a row for each of its classes."""
     rows = manifest[manifest.label.fillna("") != ""]
     return rows.assign(label=[split_labels(label, task) for label in rows.label]).explode("label")
+
+# %% ../nbs/00j_audit.ipynb #a3c1f0d2
+def _below(path: str, label: str) -> str:
+    parts = PurePosixPath(path).parts[:-1]
+    return "/".join(parts[parts.index(label) + 1:]) if label in parts else ""
+
+
+def find_unused_folders(
+    manifest: pd.DataFrame,  # one row per file
+) -> list[Finding]:
+    """Find folders of several names below those of the classes."""
+    rows = judged(manifest)
+    below = np.array([_below(*pair) for pair in zip(rows.path, rows.label)], dtype=object)
+    names, deeper = sorted(set(below) - {""}), below != ""
+    if len(names) < 2:
+        return []
+    known = ", ".join(map(repr, names[:SHOWN]))
+    text = f"{_many(deeper.sum(), 'picture')} in folders below a class, whose names are not used: {known}."
+    return [report("unused_folders", rows.path[deeper][:SHOWN], text, deeper.sum())]
 
 # %% ../nbs/00j_audit.ipynb #11b8434b
 def find_uneven_classes(
@@ -286,6 +307,7 @@ def audit(
 ) -> list[Finding]:  # by kind, in the order of `KINDS`, worst first
     """Find what the manifest alone can tell."""
     found = find_odd_files(manifest) + find_copies(manifest) + find_faults(manifest)
+    found += find_unused_folders(manifest)
     for look in (find_uneven_classes, find_missing_classes, find_similar_names, find_shortcuts):
         found += look(manifest, task)
     return sorted(found, key=lambda finding: (list(KINDS).index(finding.kind), -finding.score))
