@@ -98,7 +98,7 @@ async def lifespan(
     app: Starlette,  # its state has `spans`, and `bundle`, what to serve, or `begun`, which is loaded already
 ) -> AsyncIterator[None]:
     """Load the model, follow its new versions, and let the workers go at the end."""
-    state, seconds = app.state, read_number("AUTOML_CV_WATCH", float)
+    state, seconds = app.state, read_number("AUTOML_CV_WATCH")
     state.begun = getattr(state, "begun", None) or begin_loading(state.bundle)
     (state.where, seen, _), state.swapping = state.begun, asyncio.Lock()
     state.spans.open()

@@ -11,7 +11,7 @@ import gc
 if STARTED := __name__ == "__main__" and bool(__spec__):  # not where a notebook runs this
     gc.disable()
 
-from .loading import begin_loading, note_hangups, open_streams, read_number
+from .loading import SETTINGS, begin_loading, note_hangups, open_streams, read_number
 
 if STARTED:
     open_streams()
@@ -61,8 +61,8 @@ def create_app(
     state.metrics, state.spans = Metrics(), Spans()
     state.metrics.depth.set_function(lambda: state.pool.depth)
     rules = read_rules()
-    for name, kind in (("AUTOML_CV_WATCH", float), ("AUTOML_CV_BATCH", int)):
-        read_number(name, kind)  # a wrong one is told before anything runs
+    for name in SETTINGS:
+        read_number(name)  # a wrong one is told before anything runs
     state.needs_key = bool(rules.keys)
     state.paths = {path for _, path in FRONT}
     add_guard(app, rules)

@@ -489,8 +489,11 @@ def test_missing_bundle_is_not_ready(start, plain, tmp_path):
 
 @pytest.mark.parametrize("name, value, hint", [
     ("PORT", "eighty", "PORT is 'eighty'. Give a number from 1 to 65535."),
-    ("AUTOML_CV_WATCH", "often", "AUTOML_CV_WATCH is 'often'. Give seconds."),
-    ("AUTOML_CV_BATCH", "many", "AUTOML_CV_BATCH is 'many'. Give a whole number."),
+    ("AUTOML_CV_WATCH", "often", "AUTOML_CV_WATCH is 'often'. Give seconds from 0 to 86400."),
+    ("AUTOML_CV_WATCH", "-5", "AUTOML_CV_WATCH is '-5'. Give seconds from 0 to 86400."),
+    ("AUTOML_CV_WATCH", "nan", "AUTOML_CV_WATCH is 'nan'. Give seconds from 0 to 86400."),
+    ("AUTOML_CV_BATCH", "many", "AUTOML_CV_BATCH is 'many'. Give a whole number from 0 to 256."),
+    ("AUTOML_CV_BATCH", "100000000", "AUTOML_CV_BATCH is '100000000'. Give a whole number from 0 to 256."),
     ("HOST", "nosuch.invalid", "The service cannot listen at nosuch.invalid, port 8000: Name or service not known. "
                                "Choose another address or port."),
     ("AUTOML_CV_API_KEYS", "secret", "AUTOML_CV_API_KEYS holds something that is not a sha256. "
