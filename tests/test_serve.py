@@ -460,6 +460,24 @@ def test_client_that_takes_no_rows_loses_its_room(start, bundle):
         assert "Traceback" not in server.log.read_text()
 
 
+FEW_FILES = ("-c", "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
+                   "runpy.run_module('automl_cv.serve', run_name='__main__')")
+
+
+def test_more_connections_than_files_fill_no_log(start, bundle, plain):
+    with start(bundle, FEW_FILES) as server:
+        where = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        guests = [socket.create_connection(where) for _ in range(150)]
+        while "Too many open files" not in server.log.read_text():
+            time.sleep(0.1)
+        time.sleep(1)
+        for guest in guests:
+            guest.close()
+        reply = httpx.post(f"{server.url}/predict", content=plain("red"), trust_env=False, timeout=30)
+        assert reply.json()["label"] == "red"
+        assert len(server.log.read_text().splitlines()) < 500  # asyncio's own way: thousands in a second
+
+
 def check_not_ready(server, code, plain):
     """Check a service that lives without a model."""
     assert httpx.get(f"{server.url}/health/live", trust_env=False).status_code == 200
