@@ -37,6 +37,13 @@ def _too_slow() -> AutomlError:
     came = f"In {UPLOAD_SECONDS:g} s came less than {STRIDE / 1e6:.0f} MB."
     return AutomlError("too_slow", came, "Try again.")
 
+
+def _packed() -> AutomlError:
+    told = "The body is compressed, as its header Content-Encoding says."
+    error = AutomlError("unsupported_format", told, "Send the file as it is, without this header.")
+    error.headers = {"Accept-Encoding": "identity"}  # RFC 9110, section 15.5.16
+    return error
+
 # %% ../nbs/05ca_bodies.ipynb #2cd43a67
 async def _drain(request: Request) -> None:
     if "expect" not in request.headers:
@@ -50,6 +57,9 @@ async def _announced(request: Request, limit: int) -> int:
     if size > limit + FORM_BYTES:
         await _drain(request)
         raise _too_large(limit)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        await _drain(request)
+        raise _packed()
     return size
 
 # %% ../nbs/05ca_bodies.ipynb #0219bddf
@@ -80,7 +90,7 @@ async def one_body(
     pool: Pool,  # counts the bytes for as long as the block lasts
     limit: int = UPLOAD.max_bytes,  # size of a file, bytes
 ) -> AsyncIterator[bytes]:
-    """Give a whole body. Raises AutomlError file_too_large, too_slow, and Busy."""
+    """Give a whole body. Raises AutomlError file_too_large, too_slow, unsupported_format, and Busy."""
     pool.check(await _announced(request, limit))
     chunks: list[bytes] = []
     try:

@@ -86,7 +86,7 @@ class _Rows(StreamingResponse):
 @programs.post("/predict/batch", openapi_extra=UPLOADS, responses=ROWS | failures(
     "missing_file", "file_too_large", "bad_archive", "empty_archive", "too_many_files", "archive_too_large",
     "password_protected", "overlapping_entries", "wrong_parameter_type", "too_slow", "not_ready", "busy",
-    "disk_trouble"),
+    "disk_trouble", "unsupported_format"),
     response_class=StreamingResponse)
 async def predict_batch(
     request: Request,  # a form with any number of files, or a body that is one zip

@@ -1,6 +1,7 @@
 """The service as a process: real sockets, real signals, real damage. The notebooks test the rest."""
 import base64
 import csv
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -129,6 +130,18 @@ def test_permission_is_asked_first(server):
 def test_unknown_request_ids_are_replaced(client):
     assert client.get("/model", headers={"X-Request-ID": "trace-1"}).headers["x-request-id"] == "trace-1"
     assert len(client.get("/model", headers={"X-Request-ID": "<script>"}).headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict?top_k=1", "/predict/batch"])
+def test_compressed_body_is_told(client, plain, path):
+    body, packed = gzip.compress(plain("red")), {"Content-Encoding": "gzip"}
+    reply = client.post(path, content=body, headers=packed)
+    assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_format")
+    assert reply.json()["detail"] == ("The body is compressed, as its header Content-Encoding says. "
+                                      "Send the file as it is, without this header.")
+    assert reply.headers["Accept-Encoding"] == "identity"
+    plainly = client.post("/predict", content=plain("red"), headers={"Content-Encoding": "identity"})
+    assert plainly.json()["label"] == "red"
 
 
 def test_a_slash_too_many_is_not_redirected(client, plain):
