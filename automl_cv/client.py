@@ -78,7 +78,7 @@ def _pause(error: Exception, tried: int) -> float | None:
     elif not isinstance(getattr(error, "reason", error), (ConnectionError, HTTPException)):
         return None
     doubled = FIRST_WAIT * 2**tried * random.uniform(0.5, 1.0)
-    return min(max(doubled, float(asked) if asked.isdigit() else 0.0), LONGEST_WAIT)
+    return min(max(doubled, float(asked) if asked.isdecimal() else 0.0), LONGEST_WAIT)
 
 # %% ../nbs/05b_client.ipynb #7ee6f9c4
 def _silence(url: str, error: Exception, timeout: float) -> AutomlError:
@@ -89,6 +89,8 @@ def _silence(url: str, error: Exception, timeout: float) -> AutomlError:
         told = f"The name in {url} is not known.", "Check its spelling and the network."
     elif isinstance(reason, ssl.SSLError):
         told = f"{url} does not answer over TLS ({reason.reason}).", "Check the address and its certificate."
+    elif isinstance(reason, (BrokenPipeError, ConnectionResetError, HTTPException)):
+        told = f"{url} hung up before its answer was whole.", "Try again."
     else:
         told = f"Nothing answers at {url}.", "Start the service first."
     return AutomlError("not_ready", *told)

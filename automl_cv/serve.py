@@ -90,7 +90,7 @@ START_SECONDS = 60.0  # the longest wait for a service to become ready
 # %% ../nbs/06_serve.ipynb #fd36a175
 def _port() -> int:
     text = os.environ.get("PORT") or "8000"
-    if not text.isdigit() or not 0 < int(text) < 65536:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
         raise AutomlError("wrong_parameter_type", f"PORT is {text!r}.", "Give a number from 1 to 65535.")
     return int(text)
 

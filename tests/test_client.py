@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,6 +80,18 @@ def test_service_is_killed_and_replaced(bundle, files, free):
 def test_no_service_is_an_error_after_all_tries(files, free):
     with pytest.raises(AutomlError, match="Nothing answers") as refused:
         Client(f"http://127.0.0.1:{free}", tries=3).predict(files[0])
+    assert refused.value.code == "not_ready"
+
+
+def test_an_answer_that_is_cut_is_told_from_none(files):
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        def cut():
+            with listener.accept()[0] as guest:
+                guest.recv(2**20)
+                guest.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+        pool.submit(cut)
+        with pytest.raises(AutomlError, match="hung up before its answer was whole") as refused:
+            Client(f"http://127.0.0.1:{listener.getsockname()[1]}", tries=1).predict(files[0])
     assert refused.value.code == "not_ready"
 
 
