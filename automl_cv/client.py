@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def _refusal(error: urllib.error.HTTPError) -> AutomlError:
         problem = json.load(error)
         return AutomlError(problem["code"], problem["detail"])
     except (ValueError, KeyError, TypeError, OSError):
+        if error.code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return AutomlError("file_too_large", "Something before the service takes no file so large.")
         return AutomlError("not_ready", f"The address answers with status {error.code}.", "Check it.")
 
 # %% ../nbs/05b_client.ipynb #94d00bde
@@ -72,7 +75,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.2, 30.0  # seconds
 def _pause(error: Exception, tried: int) -> float | None:
     asked = ""
     if isinstance(error, urllib.error.HTTPError):
-        if error.code not in (429, 503):  # Cloud Run says the first where no instance is free
+        if error.code not in (429, 502, 503):  # Cloud Run's for no free instance, a proxy's for no service
             return None
         asked = error.headers.get("Retry-After", "")
     elif not isinstance(getattr(error, "reason", error), (ConnectionError, HTTPException)):
@@ -95,6 +98,11 @@ def _silence(url: str, error: Exception, timeout: float) -> AutomlError:
         told = f"Nothing answers at {url}.", "Start the service first."
     return AutomlError("not_ready", *told)
 
+# %% ../nbs/05b_client.ipynb #7d31c0e2
+def _check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise AutomlError("wrong_parameter_type", f"{name} is {count}.", "Give a number from 1 on.")
+
 # %% ../nbs/05b_client.ipynb #f27f5299
 def ask(
     url: str,  # the service's address, like http://127.0.0.1:8000
@@ -107,6 +115,7 @@ def ask(
     """Send one picture to a service. Raises AutomlError: the service's, not_ready, wrong_parameter_type."""
     if not url.startswith(("http://", "https://")):
         raise AutomlError("wrong_parameter_type", f"{url!r} is no address.", "Write http:// before it.")
+    _check_count("tries", tries)
     address = f"{url.rstrip('/')}/predict" + (f"?{urlencode(options)}" if options else "")
     for tried in range(tries):
         try:
@@ -165,11 +174,12 @@ class Client:
     def predict_many(
         self,
         paths: Iterable[str | Path],  # picture files
-        workers: int = 8,  # questions at the same time; a service on n cores is busy with 2 n
+        workers: int = 8,  # questions at the same time, at least 1; a service on n cores is busy with 2 n
         progress: bool = False,  # show how far it has come
         **options: Any,  # as for `ask`
     ) -> Iterator[tuple[Path, dict[str, Any] | AutomlError]]:  # in the order of the paths
         """Yield each file with its answer, or with the error that took the answer's place."""
+        _check_count("workers", workers)
         files = [Path(path) for path in paths]
         answers = _in_order(lambda path: _outcome(self, path, options), files, workers)
         yield from track(answers, "predicting", len(files)) if progress else answers

@@ -111,6 +111,7 @@ def test_a_service_that_is_slow_is_told_from_one_that_is_absent(files):
 
 REFUSED = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 TOO_MANY = REFUSED.replace(b"503 Service Unavailable", b"429 Too Many Requests")
+NOBODY = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 5\r\nConnection: close\r\n\r\nnginx"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\nConnection: close\r\n\r\n" + b'{"label": "x"}'
 
 
@@ -136,8 +137,8 @@ def scripted(listener, script, heard):
 
 
 @pytest.mark.parametrize("script", [[None, None, ANSWER], [REFUSED, ANSWER], [TOO_MANY, TOO_MANY, ANSWER],
-                                    [ANSWER[:-5], None, REFUSED, ANSWER]],
-                         ids=["reset", "busy", "too many", "half an answer"])
+                                    [ANSWER[:-5], None, REFUSED, ANSWER], [NOBODY, NOBODY, ANSWER]],
+                         ids=["reset", "busy", "too many", "half an answer", "restarted behind a proxy"])
 def test_transient_trouble_is_outlived(files, script):
     heard, began = [], time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -156,6 +157,25 @@ def test_an_answer_that_is_no_json_is_not_ours(files):
         threading.Thread(target=scripted, args=(listener, [page], []), daemon=True).start()
         with pytest.raises(AutomlError, match="answers, but not with JSON"):
             Client(f"http://127.0.0.1:{listener.getsockname()[1]}").predict(files[0])
+
+
+def test_what_a_proxy_does_not_let_through_is_too_large(files):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        page = NOBODY.replace(b"502 Bad Gateway", b"413 Request Entity Too Large")
+        threading.Thread(target=scripted, args=(listener, [page], []), daemon=True).start()
+        with pytest.raises(AutomlError) as refused:
+            Client(f"http://127.0.0.1:{listener.getsockname()[1]}").predict(files[0])
+    assert (refused.value.code, refused.value.exit_code) == ("file_too_large", 3)
+    assert str(refused.value) == "Something before the service takes no file so large."
+
+
+def test_no_try_and_no_worker_are_refused(server, files):
+    with pytest.raises(AutomlError, match="tries is 0. Give a number from 1 on.") as refused:
+        Client(server.url, tries=0).predict(files[0])
+    assert refused.value.code == "wrong_parameter_type"
+    with pytest.raises(AutomlError, match="workers is 0. Give a number from 1 on.") as refused:
+        next(Client(server.url).predict_many(files, workers=0))
+    assert refused.value.code == "wrong_parameter_type"
 
 
 def test_a_key_goes_nowhere_else(files):
