@@ -85,6 +85,9 @@ IDLE_SECONDS = 75  # that a connection may be silent between two requests, or ta
 class Taker(HttpToolsProtocol):
     """A connection that has to take its answers in time."""
 
+    def _unsupported_upgrade_warning(self) -> None:
+        pass  # whoever asks for a WebSocket gets the plain answer, and writes nothing into the log
+
     def pause_writing(self) -> None:
         """Begin to wait until the client takes something."""
         super().pause_writing()
@@ -216,7 +219,7 @@ def listen(
     _check_address(host, port)
     config = uvicorn.Config(app, host=host, port=port, loop="asyncio", http=Guest, access_log=False,
                             server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
-                            timeout_keep_alive=IDLE_SECONDS, backlog=1)
+                            timeout_keep_alive=IDLE_SECONDS, backlog=1, ws="none")
     Server(config, app.state).run()
     pool = getattr(app.state, "pool", None)  # none where it never began
     if pool and pool.depth:  # a job that nobody waits for any more would keep the process

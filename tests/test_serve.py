@@ -624,3 +624,13 @@ def test_work_that_does_not_end_does_not_keep_the_service(bundle, plain):
             assert process.wait(40) == 0
         finally:
             process.kill()
+
+
+def test_a_websocket_gets_the_plain_answer_and_no_line_in_the_log(start, bundle):
+    asks = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    with start(bundle) as server:
+        before = server.log.read_text()
+        reply = httpx.get(f"{server.url}/health/live", headers=asks, trust_env=False)
+        assert (reply.status_code, reply.json()) == (200, {"status": "live"})
+        assert server.log.read_text() == before
