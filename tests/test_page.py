@@ -642,7 +642,7 @@ def test_a_file_that_is_too_large_on_the_way_is_told(open_page, server, plain):
     page.set_input_files("#files", zipped("a.zip", b"PK"))
     page.wait_for_selector("#rows .failed")
     assert page.inner_text("#rows .failed strong") == "The file is too large"
-    assert page.inner_text("#rows .failed span").endswith("Instead of a zip, give the unpacked folder.")
+    assert page.inner_text("#rows .failed span").endswith("Give a smaller one; of a zip, the unpacked folder.")
 
 
 def zipped(name, data):
@@ -673,6 +673,23 @@ def test_a_busy_service_is_asked_again_for_a_zip(open_page, server, plain):
     page.click("#retry")
     page.wait_for_selector("text=2 files done")
     assert len(asked) == 7 and [row[:2] for row in download(page)[1:]] == [["red.png", "red"], ["blue.png", "blue"]]
+
+
+def test_a_service_that_restarts_behind_a_proxy_is_asked_again(open_page, server, plain):
+    """The proxy says 502 meanwhile. On the first page a person sees it and asks again."""
+    page, asked = open_page(f"{server.url}/batch"), []
+    page.route("**/predict?*", lambda route: asked.append(route) or (
+        route.fulfill(status=502, body="<h1>502 Bad Gateway</h1>", content_type="text/html", headers={"Retry-After": "0.01"})
+        if len(asked) < 3 else route.continue_()))
+    page.set_input_files("#files", picture(plain))
+    page.wait_for_selector("#download:enabled")
+    assert (len(asked), page.inner_text("#rows .answer")) == (3, "red")
+    page.goto(server.url)
+    asked.clear()
+    page.set_input_files("#file", picture(plain))
+    page.wait_for_selector("#again:visible")
+    assert page.inner_text("#trouble-title") == "The service did not answer"
+    assert page.inner_text("#trouble-detail") == "The answer has the status 502. Try again."
 
 
 def test_a_zip_that_broke_off_is_answered_once(open_page, server, plain):

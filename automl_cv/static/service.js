@@ -39,19 +39,19 @@ const locked = () =>
 // What stands in front of a service may take less than the service, and says so in words of its own.
 const TOO_LARGE = {
   title: "The file is too large",
-  detail: "Something on the way to the service takes no file of this size. Instead of a zip, give the unpacked folder.",
+  detail: "Something on the way to the service takes no file of this size. Give a smaller one; of a zip, the unpacked folder.",
 };
 
 /** Turn a problem+json answer into a Trouble. */
 async function explain(reply) {
   if (reply.status === 401) return locked();
   const problem = await reply.json().catch(() => (reply.status === 413 ? TOO_LARGE : {}));
-  const title = problem.title ?? "The service failed";
-  return new Trouble(title, problem.detail ?? `It answered with status ${reply.status}. Try again.`, {
+  const title = problem.title ?? (reply.status === 502 ? "The service did not answer" : "The service failed");
+  return new Trouble(title, problem.detail ?? `The answer has the status ${reply.status}. Try again.`, {
     code: problem.code ?? `http_${reply.status}`,
     requestId: problem.request_id,
     passes: reply.status >= 500 || [408, 429].includes(reply.status), // the same file may do better next time
-    busy: reply.status === 503 || reply.status === 429,
+    busy: [429, 502, 503].includes(reply.status), // 502 is a proxy's word for a service that restarts
     seconds: Number(reply.headers.get("retry-after")) || 1,
   });
 }
