@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -447,6 +448,54 @@ def test_the_lines_for_programs_have_the_address_that_people_see(open_page, serv
     page.goto(server.url + path)
     shown = page.locator(".origin").all_text_contents()
     assert set(shown) == {server.url} and "inside.invalid" not in page.text_content("main")
+
+
+def test_a_page_left_open_over_a_swap_of_the_model_says_so(open_page, start, bundle, plain, tmp_path):
+    """A table with columns of the classes before, or labels where there was one class, would be no answer."""
+    from automl_cv.export import colour_bundle
+    live = Path(shutil.copytree(bundle, tmp_path / "live"))
+    info = json.loads((live / "model.json").read_text())
+    (live / "model.json").write_text(json.dumps(info | {"classes": ["cherry", "leaf", "sky"]}))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("red.png", plain("red"))
+    with start(live) as server:
+        one, many = open_page(server.url), open_page(f"{server.url}/batch")
+        one.set_input_files("#file", picture(plain))
+        one.wait_for_selector("#answer:visible")
+        assert one.inner_text("#label") == "cherry"
+        for task, label in (("classification", "red"), ("multilabel", "red")):
+            colour_bundle(live, task)
+            server.process.send_signal(signal.SIGHUP)
+            while (facts := httpx.get(f"{server.url}/model", trust_env=False).json())["task"] != task or \
+                    facts["classes"] != ["red", "green", "blue"]:
+                one.wait_for_timeout(50)
+            one.set_input_files("#file", picture(plain))
+            one.wait_for_selector("#trouble:visible")
+            assert one.inner_text("#trouble-title") == "The model has changed" and one.is_hidden("#again")
+            many.set_input_files("#files", [picture(plain), zipped("a.zip", archive.getvalue())])
+            many.wait_for_selector("text=2 files done, 2 failed")
+            assert many.locator("#rows .failed strong").all_inner_texts() == ["The model has changed"] * 2
+            for page in (one, many):
+                page.reload()
+            one.set_input_files("#file", picture(plain))
+            one.wait_for_selector("#answer:visible")
+            assert one.inner_text("#label, #found .name") == label
+
+
+def test_leaving_a_batch_under_way_is_asked(open_page, server, plain):
+    page, asked = open_page(f"{server.url}/batch"), []
+    page.on("dialog", lambda dialog: asked.append(dialog.type) or dialog.dismiss())
+    page.route("**/predict?*", lambda route: None)  # it takes its time
+    page.set_input_files("#files", picture(plain))
+    page.wait_for_selector("#stop:visible")
+    page.evaluate("location.reload()")
+    page.wait_for_timeout(300)
+    assert asked == ["beforeunload"] and page.is_visible("#stop")
+    page.click("#stop")
+    page.wait_for_selector("text=1 file done, 1 failed")
+    page.reload()
+    assert asked == ["beforeunload"]
 
 
 def read_csv(saved):

@@ -3,7 +3,7 @@
 // where the zip failed.
 import { save, writeCsv } from "./csv.js";
 import { takeChosen, takeFiles, visible } from "./files.js";
-import { bar, classify, make, percent, post, ranking, Trouble } from "./service.js";
+import { bar, classify, make, percent, post, ranking, readable, Trouble } from "./service.js";
 
 const find = (id) => document.getElementById(id);
 const drop = find("drop");
@@ -186,9 +186,8 @@ async function workPicture(row, signal) {
 
 function readLine(text) {
   const { file, code, detail, title, ...found } = JSON.parse(text);
-  const row = addRow(file);
-  if (code) row.trouble = new Trouble(title, detail, { code });
-  else row.found = found;
+  const outcome = code ? { trouble: new Trouble(title, detail, { code }) } : { found: readable(found) };
+  const row = Object.assign(addRow(file), outcome);
   drawRow(row);
   plan();
   return row;
@@ -264,5 +263,8 @@ find("download").addEventListener("click", () => {
 find("more").addEventListener("click", () => {
   room += ROOM;
   refresh();
+});
+addEventListener("beforeunload", (event) => {
+  if (running) event.preventDefault(); // the browser asks whether to leave
 });
 for (const id of ["label", "low", "high"]) find(id).addEventListener("input", refresh);

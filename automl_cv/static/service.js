@@ -70,6 +70,17 @@ export async function post(address, field, files, signal) {
   return reply;
 }
 
+const page = document.getElementById("drop")?.dataset; // of the model that the page was made for
+const known = new Set(JSON.parse(page?.classes ?? "[]"));
+
+/** Return an answer that the page can show. Throws Trouble where the service has another model by now. */
+export function readable(found) {
+  if (known.size && (!known.has(found.label) || Boolean(found.labels) !== (page.task === "multilabel"))) {
+    throw new Trouble("The model has changed", "Reload this page: it was made for the model before.", { code: "model_changed" });
+  }
+  return found;
+}
+
 /** Ask for one picture. Throws Trouble; what is too large for the service is not sent. */
 export async function classify(file, { topK, maxBytes, signal }) {
   if (file.size > maxBytes) {
@@ -78,7 +89,7 @@ export async function classify(file, { topK, maxBytes, signal }) {
     throw new Trouble("The file is too large", detail, { code: "file_too_large" });
   }
   const reply = await post(`predict?top_k=${topK}&notes=true`, "file", [file], signal);
-  return reply.json();
+  return readable(await reply.json());
 }
 
 /** The probabilities of an answer, the highest first. */
