@@ -63,7 +63,8 @@ def given_key(
 ) -> str:  # empty where there is none
     """Read the key from `X-API-Key`, or from `Authorization: Bearer`."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    return headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else "")
+    key = headers.get("x-api-key") or (token if scheme.lower() == "bearer" else "")
+    return key.strip(" \t")  # white space around a header's value is not part of it (RFC 9110, 5.5)
 
 # %% ../nbs/05da_guard.ipynb #91723dad
 def is_known(
