@@ -72,10 +72,12 @@ def split_labels(
     return [part for part in label.split(SEPARATOR) if part]
 
 # %% ../nbs/00c_items.ipynb #5730b4d5
-SPLITS = {"train": "train", "training": "train", "seg_train": "train",
-          "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
-          "seg_val": "validation", "test": "test", "testing": "test", "seg_test": "test",
-          "seg_pred": "unlabelled", "unlabelled": "unlabelled"}
+_PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+          "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}
+SPLITS = {f"{name}{end}": split for name, split in _PARTS.items()
+          for end in ("", "set", "_set", "_images", "_data")} | {
+    "seg_train": "train", "seg_val": "validation", "seg_test": "test", "seg_pred": "unlabelled",
+    "unlabelled": "unlabelled", "test1": "test"}  # the last one is of Kaggle's "Dogs vs. Cats"
 
 # %% ../nbs/00c_items.ipynb #518143af
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif",
