@@ -268,7 +268,7 @@ def open_run(
     return Run(path)
 
 # %% ../nbs/00_core.ipynb #482cf9e8
-SYSTEM = ("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin")
+SYSTEM = ("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "#recycle", "@eadir", "icon\r")
 
 # %% ../nbs/00_core.ipynb #f21f55cf
 def is_system(
