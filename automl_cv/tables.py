@@ -18,13 +18,15 @@ from pathlib import Path
 import pandas as pd
 
 from .core import AutomlError
-from .items import SEPARATOR, SPLITS, Item, clean_label, telling_paths, why_ignored
+from .items import (SEPARATOR, SPLITS, Item, clean_label, open_folder, telling_paths,
+                             why_ignored)
 from .rows import MAX_TABLE, Table, frame_rows, read_table
 
 # %% ../nbs/00e_tables.ipynb #c0893e50
 PATHS = ("file", "path", "filename", "file_name", "filepath", "file_path",
          "image", "image_path", "image_id", "img")
-LABELS = ("label", "labels", "class", "classes", "class_name", "category", "categories", "target", "tags")
+LABELS = ("label", "labels", "class", "classes", "class_name", "category", "categories", "target", "tags",
+          "choice")  # the last one is of Label Studio
 GROUPS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id", "camera", "camera_id")
 
 # %% ../nbs/00e_tables.ipynb #7b8b1b3f
@@ -32,7 +34,7 @@ def _find_column(names: list[str], wanted: str, usual: tuple[str, ...]) -> str:
     by_lower = {name.lower(): name for name in reversed(names)}
     if wanted and wanted.lower() not in by_lower:
         raise AutomlError("bad_table", f"The table has no column {wanted!r}.",
-                          f"It has: {', '.join(names[:20])}.")
+                          f"It has: {', '.join(names[:20])}." if names else "It has no other column.")
     return by_lower[wanted.lower()] if wanted else next((by_lower[u] for u in usual if u in by_lower), "")
 
 # %% ../nbs/00e_tables.ipynb #4b47f188
@@ -94,7 +96,7 @@ def _read_labels(table: Table, column: str, others: list[str]) -> tuple[list[str
     values = {name: [cell.strip().lower() for cell in table.columns[name]] for name in others}
     names = [name for name in others if {""} != set(values[name]) <= _ON | _OFF | {""}]
     if len(names) < 2:
-        hint = f"Name one of these: {', '.join(others[:20])}." if others else "Add one named label."
+        hint = f"Name one with --label: {', '.join(others[:20])}." if others else "Add one named label."
         raise AutomlError("bad_table", "The table has no column of labels.", hint)
     rows = zip(*(values[name] for name in names))
     return [None if "" in row else _join(name for name, cell in zip(names, row) if cell in _ON)
@@ -154,6 +156,12 @@ def _apply(item: Item, row: _Row | None, clash: set[int]) -> Item:
     notes = f"Lines {lines} of the table disagree."
     return replace(item, status="quarantined", reason="conflict", notes=notes)
 
+# %% ../nbs/00e_tables.ipynb #d5dae6d6
+def _find_split(table: Table, names: list[str]) -> str:
+    cells = {name: {cell.strip().lower() for cell in table.columns[name]} - {""} for name in names}
+    known = [name for name in names if cells[name] and cells[name] <= set(SPLITS)]
+    return _find_column(names, "", ("split",)) or _find_column(known, "", ("subset", "data set"))
+
 # %% ../nbs/00e_tables.ipynb #f05d7d45
 def _read_splits(cells: list[str], warnings: list[str]) -> list[str]:
     names = [cell.strip().lower() for cell in cells]
@@ -186,7 +194,7 @@ def label_items(
     names, empty = [name for name in table.columns if name != path], [""] * len(places)
     column = _find_column(names, label, LABELS)
     grouped = _find_column([name for name in names if name != column], group, GROUPS)
-    split = _find_column([name for name in names if name not in (column, grouped)], "", ("split",))
+    split = _find_split(table, [name for name in names if name not in (column, grouped)])
     labels, task = _read_labels(table, column, [name for name in names if name not in (grouped, split)])
     bad, warnings = {reason: list(lines) for reason, lines in table.bad_rows.items()}, []
     splits = _read_splits(table.columns.get(split, empty), warnings)
@@ -239,6 +247,11 @@ def _list_named(table: Table, folder: Path, find: Find) -> list[Item]:
             return items
     return []
 
+# %% ../nbs/00e_tables.ipynb #3e37eb1c
+def _list_below(table: Table, path: Path) -> list[Item]:
+    items = open_folder(path.parent)
+    return [items[place] for place in sorted(set(_find_files(items, table, "")[1]) - {-1})]
+
 # %% ../nbs/00e_tables.ipynb #0f91f4bd
 def open_table(
     path: Path,  # a table; its paths are relative to its folder, or absolute
@@ -253,7 +266,8 @@ def open_table(
     except OSError:
         raise AutomlError("source_not_found", f"{path.name} cannot be read.", "Check its path.") from None
     table = read_table(data, path.suffix)
-    return label_items(_list_named(table, path.parent, find), table, label, group)
+    items = _list_named(table, path.parent, find) or _list_below(table, path)
+    return label_items(items, table, label, group)
 
 # %% ../nbs/00e_tables.ipynb #b942bf66
 def open_frame(
