@@ -179,7 +179,7 @@ def read_table(
     """Read a table as text. Raises AutomlError bad_table, file_too_large."""
     if suffix.lower() not in _READERS:
         raise AutomlError("bad_table", f"{suffix or 'A file without a suffix'} is no kind of table.",
-                      f"Choose one of {', '.join(_READERS)}.")
+                      f"Save it as one of {', '.join(_READERS)}.")
     if len(data) > MAX_TABLE:
         raise _too_large()
     return _READERS[suffix.lower()](data)

@@ -11,7 +11,7 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -167,7 +167,7 @@ def list_empty(
     return sorted(name for name in names if name != "." and not is_system(name))
 
 # %% ../nbs/00h_sources.ipynb #346dc036
-TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
+TABLES = (".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".json", ".xls", ".xlsx")  # of some, to refuse them
 
 # %% ../nbs/00h_sources.ipynb #00467fe3
 def _open_demo(url: str, label: str, group: str) -> Source:
@@ -192,14 +192,22 @@ def _open_remote(url: str, label: str, group: str) -> Source:
     table = next(item for item in items if item.name == name)
     return _apply_table(url, items, table, label, group, readers=READERS)
 
+# %% ../nbs/00h_sources.ipynb #84fe1d14
+def _warn_of_links(items: list[Item]) -> Iterator[str]:
+    links = [item.name for item in items if item.reason == "link"]
+    if links:
+        yield (f"Links are not followed: {len(links)}, like {links[0]!r}. "
+               "Put what they lead to in their place, as cp -rL does.")
+
 # %% ../nbs/00h_sources.ipynb #a0ac4a2f
 def _open_folder(url: str, label: str, group: str) -> Source:
     folder = Path(url).expanduser()
     own = os.path.relpath(home().resolve(), folder.resolve()) + "/"
     items = [replace(item, status="ignored", reason="system_file", notes="It lies in automl_cv's workspace.")
              if item.name.startswith(own) else item for item in open_folder(folder)]
-    warnings = tuple(f"The folder {name!r} holds no file, so it is no class." for name in list_empty(folder)
-                     if not f"{name}/".startswith(own))
+    empty = [name for name in list_empty(folder) if not f"{name}/".startswith(own)]
+    warnings = (*(f"The folder {name!r} holds no file, so it is no class." for name in empty),
+                *_warn_of_links(items))
     return _sort_out(url, items, label, group, warnings=warnings)
 
 # %% ../nbs/00h_sources.ipynb #06631fc8
