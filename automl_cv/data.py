@@ -27,7 +27,7 @@ from .items import Source, split_labels
 from .remote import is_address
 from .report import write_report
 from .scan import scan
-from .sources import open_source
+from .sources import TABLES, open_source
 from .splits import assign_folds, split_rows
 from .tasks import TASKS
 
@@ -37,6 +37,12 @@ def natural_key(
 ) -> list[tuple[int, int | str]]:  # sorts numbers by value, before letters
     """Return a sort key that orders numbers inside names by their value."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part]
+
+# %% ../nbs/01_data.ipynb #5c031271
+def _hint(manifest: pd.DataFrame) -> str:
+    ends = tuple(set(TABLES) - {".txt"}) + (".zip", ".tar", ".gz", ".tgz")
+    names = [name for name in manifest.path[manifest.reason == "not_an_image"] if name.lower().endswith(ends)]
+    return f" Or give the path of a table or archive itself: {', '.join(names[:3])}." if names else ""
 
 # %% ../nbs/01_data.ipynb #27f4d0c1
 def list_classes(
@@ -48,16 +54,16 @@ def list_classes(
     if used.empty and (manifest.reason == "no_label").any():
         raise AutomlError("no_class_folders", "The pictures lie in no class folders.",
                           "Make one folder per class, like data/cat/1.jpg and data/dog/2.jpg, or add a "
-                          "labels.csv with the columns file and label.")
+                          "labels.csv with the columns file and label." + _hint(manifest))
     if used.empty:
         reasons = [f"{many} {reason}" for reason, many in manifest.reason.value_counts().head().items()]
         raise AutomlError("no_usable_image", f"None of {len(manifest)} files is a usable picture "
-                          f"({', '.join(reasons) or 'there are none'}).", "Check the path.")
+                          f"({', '.join(reasons) or 'there are none'}).", "Check the path." + _hint(manifest))
     found = {part for label in set(used.label) for part in split_labels(label, task)}
     classes = sorted(found, key=natural_key)
     if len(classes) < 2:
         raise AutomlError("one_class_only", f"All pictures belong to one class, {''.join(classes)!r}.",
-                          "A classifier needs at least two class folders.")
+                          "A classifier needs at least two class folders." + _hint(manifest))
     return classes
 
 # %% ../nbs/01_data.ipynb #9b785d4e
@@ -228,6 +234,8 @@ def run_step(
 ) -> dict[str, Any]:  # the content of data.json
     """Scan, audit and split a source; write manifest, summary and report. Raises AutomlError."""
     run, opened = open_run(run_dir), open_source(source, label_column, group_column)
+    for line in opened.warnings:  # before an error that they may explain
+        say(f"WARNING: {line}")
     if metric:
         look_up(dict.fromkeys(TASKS[opened.task].metrics), metric, "metric")
     manifest, findings, moved = decide(scan(opened), opened, fix, review)
@@ -236,8 +244,9 @@ def run_step(
     manifest["fold"] = assign_folds(manifest, task=opened.task, seed=seed)
     summary = summarise(opened, manifest, classes, moved)
     write_results(run, opened, manifest.drop(columns="thumb"), findings, summary, review)
-    for line in [*opened.warnings, *(f.detail for f in findings if f.severity == "error")]:
-        say(f"WARNING: {line}")
+    for finding in findings:
+        if finding.severity == "error":
+            say(f"WARNING: {finding.detail}")
     return run.read("data")
 
 # %% ../nbs/01_data.ipynb #75ad11ec
