@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from automl_cv.data import run_step
+
 playwright = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TESTS: no playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="NO BROWSER TESTS: Debian's chromium is not installed")
@@ -864,3 +866,13 @@ def test_a_browser_that_lends_no_storage(open_page, start, bundle, plain):
         page.click("#again")
         page.wait_for_selector("#answer:visible")
         assert page.inner_text("#label") == "red"
+
+
+@pytest.mark.parametrize("scheme, ink", [("light", "rgb(27, 29, 41)"), ("dark", "rgb(236, 238, 245)")])
+def test_the_words_of_drawings_have_the_ink_of_the_data_report(browser, tmp_path, scheme, ink):
+    run_step(str(tmp_path), "demo:5")
+    page = browser.new_page(color_scheme=scheme)
+    page.goto((tmp_path / "report.html").as_uri())
+    fills = page.eval_on_selector_all("svg text", "all => all.map(one => getComputedStyle(one).fill)")
+    page.close()
+    assert set(fills) == {ink}
