@@ -187,6 +187,7 @@ def find_uneven_classes(
     few = counts[counts < FEW][::-1]
     if len(few):
         names = ", ".join(f"{name!r} {count}" for name, count in few[:SHOWN].items())
+        names += f" and {len(few) - SHOWN} more" if len(few) > SHOWN else ""
         found.append(report("few_pictures", rows.path[rows.label.isin(few.index)][:SHOWN],
                             f"Under {FEW} usable pictures: {names}.", len(few)))
     if len(counts) > 1 and counts.iloc[0] >= UNEVEN * counts.iloc[-1]:

@@ -234,7 +234,8 @@ def check_lines(
     found = [f"  {f[0]['severity']:8}{kind:22}{len(f):>5}  {f[0]['detail']}" for kind, f in kinds.items()]
     return [f"{facts['found']} files: {facts['used']} used, {facts['quarantined']} quarantined, "
             f"{facts['ignored']} ignored",
-            f"{facts['classes']} classes: {', '.join(facts['class_order'][:20])}",
+            f"{facts['classes']} classes: {', '.join(facts['class_order'][:20])}"
+            + f" and {facts['classes'] - 20} more" * (facts["classes"] > 20),
             ", ".join(f"{name} {count}" for name, count in facts["splits"].items() if count),
             *facts["warnings"], *found, "",
             f"Report     {run.path}/report.html",
