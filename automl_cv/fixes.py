@@ -16,6 +16,7 @@ import pandas as pd
 from .audit import KINDS, Finding, spellings
 from .core import CODES, AutomlError, atomic_path, look_up
 from .items import SEPARATOR, clean_label, split_labels
+from .rows import read_table
 
 # %% ../nbs/00n_fixes.ipynb #2607bbf0
 ACTIONS = {"quarantine": "do not use the picture", "keep": "use the picture although it was set aside",
@@ -50,22 +51,27 @@ def write_review(
     with atomic_path(path) as draft:
         safe.to_csv(draft, index=False, encoding="utf-8-sig")
 
+# %% ../nbs/00n_fixes.ipynb #ea13b960
+_AS_CSV = "Save the edited review.csv as CSV again."
+
 # %% ../nbs/00n_fixes.ipynb #4997bf9c
 def read_review(
     path: Path,  # a CSV as `write_review` makes it, edited or not
 ) -> pd.DataFrame:  # with at least path, label, group, action, value
     """Read an edited table of findings. Raises AutomlError source_not_found, wrong_parameter_type."""
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            mark = max(",;\t", key=file.readline().count)
-        table = pd.read_csv(path, sep=mark, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        found = read_table(Path(path).read_bytes(), ".csv")
     except OSError:
         raise AutomlError("source_not_found", f"There is no file {Path(path).name!r}.") from None
-    except ValueError:  # UnicodeDecodeError, ParserError and EmptyDataError are ones
-        raise AutomlError("wrong_parameter_type", "The review is not a table in UTF-8.") from None
-    missing = [name for name in ("path", "label", "group", "action", "value") if name not in table]
+    except AutomlError:
+        raise AutomlError("wrong_parameter_type", "The review is no table.", _AS_CSV) from None
+    bad = sorted(line for lines in found.bad_rows.values() for line in lines)
+    if bad:
+        raise AutomlError("wrong_parameter_type", f"Line {bad[0]} of the review cannot be read.", _AS_CSV)
+    missing = [name for name in ("path", "label", "group", "action", "value") if name not in found.columns]
     if missing:
-        raise AutomlError("wrong_parameter_type", f"The review has no column {missing[0]!r}.")
+        raise AutomlError("wrong_parameter_type", f"The review has no column {missing[0]!r}.", _AS_CSV)
+    table = pd.DataFrame(found.columns, dtype=str)
     return table.map(lambda text: text[1:] if re.match(r"'+[=+\-@\t\r]", text) else text)
 
 # %% ../nbs/00n_fixes.ipynb #b38dba29
