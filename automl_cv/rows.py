@@ -148,11 +148,20 @@ def _is_text(column: pa.Field) -> bool:
     kinds = (pa.types.is_struct, pa.types.is_map, pa.types.is_binary, pa.types.is_large_binary)
     return not column.name.startswith("__index_level_") and not any(is_kind(column.type) for is_kind in kinds)
 
+# %% ../nbs/00da_rows.ipynb #a547bfad
+def _check_paths(schema: pa.Schema) -> None:
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary)
+    inside = [column.name for column in schema if not _is_text(column) and column.name[:2] != "__"]
+    if inside and not any(is_kind(column.type) for column in schema for is_kind in kinds):
+        raise AutomlError("bad_table", f"The pictures are inside the table, in the column {inside[0]!r}.",
+                          "Write each as a file into a folder with the name of its class.")
+
 # %% ../nbs/00da_rows.ipynb #b8f0e803
 def _read_parquet(data: bytes) -> Table:
     try:
         file = pq.ParquetFile(io.BytesIO(data))
         names = [column.name for column in file.schema_arrow if _is_text(column)]
+        _check_paths(file.schema_arrow)
         _check_shape(names, file.metadata.num_rows)
         columns, size = {name: [] for name in names}, 0
         for batch in file.iter_batches(500, columns=names):
