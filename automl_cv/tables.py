@@ -7,6 +7,7 @@ __all__ = ['PATHS', 'LABELS', 'GROUPS', 'BAD_ROWS', 'TABLES', 'Find', 'Labelled'
            'open_frame']
 
 # %% ../nbs/00e_tables.ipynb #9dd6a8b7
+import os
 import posixpath
 import stat
 import unicodedata
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import AutomlError
+from .core import AutomlError, home
 from .items import (SEPARATOR, SPLITS, Item, clean_label, open_folder, telling_paths,
                              why_ignored)
 from .rows import MAX_TABLE, Table, frame_rows, read_table
@@ -249,7 +250,8 @@ def _list_named(table: Table, folder: Path, find: Find) -> list[Item]:
 
 # %% ../nbs/00e_tables.ipynb #3e37eb1c
 def _list_below(table: Table, path: Path) -> list[Item]:
-    items = open_folder(path.parent)
+    own = os.path.relpath(home().resolve(), path.parent.resolve()) + "/"
+    items = [item for item in open_folder(path.parent) if not item.name.startswith(own)]
     return [items[place] for place in sorted(set(_find_files(items, table, "")[1]) - {-1})]
 
 # %% ../nbs/00e_tables.ipynb #0f91f4bd
