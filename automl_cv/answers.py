@@ -10,7 +10,8 @@ __all__ = ['WIDE', 'Explain', 'Answers', 'answer_rows', 'calibration_error', 'me
 # %% ../nbs/04b_answers.ipynb #ececc7ae
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support
 
-from .core import AutomlError, check_stop, hash_bytes, track
-from .items import Item
+from .core import AutomlError, check_stop, track
+from .items import Item, read_again
 from .pixels import DATASET
 from .predict import Prediction, Predictor
 from .scores import JUDGES, wilson
@@ -73,16 +74,14 @@ def answer_rows(
     gone = [path for path in rows.path if path not in known]
     if gone:
         raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", "Run step 1 again.")
-    items = [known[path] for path in rows.path]
+    items = [replace(known[path], read=partial(read_again, known[path], sha256))
+             for path, sha256 in zip(rows.path, rows.sha256)]
 
-    def ask(item: Item, sha256: str) -> Prediction:
+    def ask(item: Item) -> Prediction:
         check_stop()
-        if hash_bytes(data := item.read()) != sha256:
-            raise AutomlError("source_changed", f"{item.name} changed after it was read.",
-                              "Run step 1 again.")
-        return predictor.predict(data, DATASET)
+        return predictor.predict(item.read(), DATASET)
     with ThreadPoolExecutor(cores()) as pool:
-        found = list(track(pool.map(ask, items, rows.sha256), "predicting", len(items)))
+        found = list(track(pool.map(ask, items), "predicting", len(items)))
     doubts = None if found[0].uncertain is None else np.array([answer.reason for answer in found])
     return Answers(predictor.classes, targets, np.stack([answer.probabilities for answer in found]), items,
                    predictor.task, predictor.thresholds, doubts)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .audit import Finding, judged
 from .core import hash_bytes, home, read_json, write_json
-from .items import Source
+from .items import Source, read_again
 from .twins import find_twins, join_groups
 
 # %% ../nbs/00p_copies.ipynb #25dbb2f5
@@ -69,8 +69,8 @@ def mark_twins(
     source: Source,  # where its pictures can be read
 ) -> tuple[pd.DataFrame, list[Finding]]:  # with `twin`: 0, or the number of the group; and the groups found
     """Number the pictures that show the same."""
-    items = source.by_name()
-    found = search_twins(manifest, lambda path: items[path].read())
+    items, hashes = source.by_name(), dict(zip(manifest.path, manifest.sha256))
+    found = search_twins(manifest, lambda path: read_again(items[path], hashes[path]))
     numbers = {path: number for number, finding in enumerate(found, 1) for path in finding.paths}
     twins = manifest.path.map(numbers).fillna(0).astype(int)
     used = manifest.status == "used"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORES', 'SEPARATOR', 'SPLITS', 'SUFFIXES', 'Item', 'Source', 'clean_label', 'split_labels', 'telling_paths',
-           'lay_out', 'why_ignored', 'open_folder']
+           'lay_out', 'why_ignored', 'open_folder', 'read_again']
 
 # %% ../nbs/00c_items.ipynb #ef2f282a
 import os
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .core import hash_bytes, is_system
+from .core import AutomlError, hash_bytes, is_system
 
 # %% ../nbs/00c_items.ipynb #4677c0cb
 @dataclass(frozen=True, slots=True)
@@ -167,9 +167,32 @@ def open_folder(
     items = []
     for path, entry in _walk(str(folder)):
         name = os.fsencode(path).decode("utf-8", "backslashreplace")  # a disk takes any bytes
-        found = entry.stat(follow_symlinks=False)
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            items.append(Item(name, partial(_read, entry.path), status="ignored", reason="unreadable",
+                              notes="It was gone before it could be looked at."))
+            continue
         why = why_ignored(name, found.st_mode)
         items.append(Item(name, partial(_read, entry.path), size=found.st_size,
                           stamp=f"{found.st_size}-{found.st_mtime_ns}",
                           status="ignored" if why else "", reason=why))
     return items
+
+# %% ../nbs/00c_items.ipynb #5014da8c
+def read_again(
+    item: Item,  # one file of a source
+    sha256: str,  # of its content at the first look
+) -> bytes:
+    """Read a file that was read before. Raises AutomlError source_changed, source_unreachable."""
+    try:
+        data = item.read()
+    except ConnectionError as error:
+        raise AutomlError("source_unreachable", f"{item.name} cannot be fetched: {error}.",
+                          "Run the same command again later; what was decoded is kept.") from error
+    except (OSError, AutomlError) as error:
+        raise AutomlError("source_changed", f"{item.name} cannot be read any more.",
+                          "Run step 1 again.") from error
+    if hash_bytes(data) != sha256:
+        raise AutomlError("source_changed", f"{item.name} changed after it was read.", "Run step 1 again.")
+    return data

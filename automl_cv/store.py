@@ -25,8 +25,8 @@ from uuid import uuid4
 import numpy as np
 
 from .bounds import by_age, cache_bound, touch
-from .core import AutomlError, check_stop, hash_bytes, home, say, track
-from .items import CORES, Item
+from .core import AutomlError, check_stop, home, say, track
+from .items import CORES, Item, read_again
 from .pixels import DATASET, Policy, stored
 from .sources import open_source
 
@@ -72,27 +72,13 @@ def open_block(
     pixels = np.frombuffer(data, np.uint8, end).reshape(count, side, side, 3)
     return Block(path, pixels, np.frombuffer(data, RECORD, count, end), np.zeros(count, bool))
 
-# %% ../nbs/00m_store.ipynb #f2c6127c
-def _fetch(item: Item, sha256: str, policy: Policy) -> np.ndarray:
-    try:
-        data = item.read()
-        if hash_bytes(data) == sha256:
-            return stored(data, policy, DATASET)
-    except ConnectionError as error:
-        raise AutomlError("source_unreachable", f"{item.name} cannot be fetched: {error}.",
-                          "Run the same command again later; what was decoded is kept.") from error
-    except (OSError, AutomlError) as error:
-        raise AutomlError("source_changed", f"{item.name} cannot be read any more.",
-                          "Run step 1 again.") from error
-    raise AutomlError("source_changed", f"{item.name} changed after it was read.", "Run step 1 again.")
-
 # %% ../nbs/00m_store.ipynb #b2ff36b4
 def _write_block(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy) -> Block | None:
     draft, records, end = folder / f".{uuid4().hex}", [], time.monotonic() + BLOCK_SECONDS
     rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (3 * policy.store**2)))
     with draft.open("wb", buffering=2**20) as file:  # large writes cost a third less
         for item, sha256 in islice(jobs, rows):
-            square = _fetch(item, sha256, policy)
+            square = stored(read_again(item, sha256), policy, DATASET)
             file.write(square)
             records.append((sha256, zlib.crc32(square)))
             if time.monotonic() > end:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from automl_cv.champion import Candidate, write_row
 from automl_cv.cli import cli
 from automl_cv.core import AutomlError, Run, atomic_folder
+from automl_cv.items import open_folder
 from automl_cv.steps import run_notebook
 from automl_cv.scenes import CLASSES, draw_scene
 
@@ -366,3 +367,22 @@ def test_two_classes_of_three_pictures_are_enough_for_a_run(tmp_path):
 def test_storage_that_is_none_is_refused_before_any_work(tmp_path):
     status, _, err = call(tmp_path, "run", "demo:4", "--out", tmp_path / "run", "--storage", "postgres")
     assert (status, "[wrong_parameter_type]" in err, "Traceback" in err) == (2, True, False)
+
+
+def test_files_that_come_and_go_do_not_stop_the_listing(tmp_path):
+    for number in range(40):
+        picture(tmp_path / f"cat/{number}.png")
+    done = threading.Event()
+
+    def pass_by():
+        while not done.is_set():
+            (tmp_path / "cat/passing").touch()
+            (tmp_path / "cat/passing").unlink()
+    passer = threading.Thread(target=pass_by)
+    passer.start()
+    try:
+        found = [[item.name for item in open_folder(tmp_path) if item.reason != "unreadable"] for _ in range(300)]
+    finally:
+        done.set()
+        passer.join()
+    assert all(set(names) - {"cat/passing"} == {f"cat/{number}.png" for number in range(40)} for names in found)
