@@ -222,6 +222,8 @@ def write_table(
         while block := [prediction_row(str(path), answer, *shape)
                         for path, answer in islice(answers, BLOCK)]:
             failed += _append(file, block)
+            if not os.fstat(file.fileno()).st_nlink:  # another call may have begun one of the same name
+                raise AutomlError("disk_trouble", f"The draft {draft} was removed.", "Start again.")
             check_stop()
         draft.replace(table)
     sync(table.parent)

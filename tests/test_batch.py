@@ -159,3 +159,16 @@ def test_table_behind_a_link_and_no_file(bundle, pictures, tmp_path):
     refused = start(bundle, picture, "--csv", "/dev/stdout")
     assert "/dev/stdout is not a file. Without one, rows are printed. [wrong_parameter_type]" in refused.stderr.read()
     assert refused.wait(60) == 2
+
+
+def test_removed_draft_ends_the_call(bundle, pictures, tmp_path):
+    """Else it would take for its own what a second call has written so far, and call that complete."""
+    table = tmp_path / "answers.csv"
+    with start(bundle, *[pictures] * 20, "--csv", table) as process:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not (drafts := list(tmp_path.glob(".answers.csv.*.part"))):
+            time.sleep(0.005)
+        drafts[0].unlink()
+        said = process.communicate(timeout=120)[1]
+    assert (process.returncode, "was removed. Start again. [disk_trouble]" in said) == (5, True), said
+    assert not list(tmp_path.iterdir())
