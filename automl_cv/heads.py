@@ -330,12 +330,13 @@ def search_heads(
     """Judge heads by cross-validation. Raises AutomlError interrupted, unknown_parameter."""
     started, (truth, exclusive) = time.monotonic(), _truth(targets, classes)
     end, sign = started + (seconds or np.inf), 1 if metric == "loss" else -1
-    rows, best = {}, (np.inf, np.zeros((0, classes), np.float32))
+    rows, best = {}, ((np.inf,), np.zeros((0, classes), np.float32))
     found = _search(banks, truth, exclusive, torch.tensor(folds), configs, end)
     for number, logits in track(found, "searching heads", len(configs)):
         figures = judge_logits(logits, targets)
         rows[number] = asdict(configs[number]) | figures | {"seconds": time.monotonic() - started}
-        value = sign * look_up(figures, metric, "metric")
+        value = sign * look_up(figures, metric, "metric"), figures["loss"]
         best = (value, logits) if value < best[0] else best
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.sort_values(metric, ascending=sign > 0, kind="stable") if rows else table, best[1]
+    order = {"by": [metric, "loss"], "ascending": [sign > 0, True]}
+    return table.sort_values(**order) if rows else table, best[1]

@@ -136,9 +136,9 @@ def score_labels(
 # %% ../nbs/00n_scores.ipynb #a1408656
 def fit_temperature(
     loss: Callable[[float], float],  # log-loss of the logits divided by a number
-) -> float:  # 0.2 to 5
+) -> float:  # 0.001 to 5
     """Find the temperature with the least log-loss."""
-    bounds = math.log(0.2), math.log(5)
+    bounds = math.log(0.001), math.log(5)
     return math.exp(minimize_scalar(lambda x: loss(math.exp(x)), bounds=bounds, method="bounded").x)
 
 # %% ../nbs/00n_scores.ipynb #feec9014
