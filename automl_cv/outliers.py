@@ -41,15 +41,25 @@ def _whiten(places: np.ndarray) -> np.ndarray:
     return turn / np.sqrt(np.maximum(spread, 1e-3 * spread.mean() + 1e-12))
 
 # %% ../nbs/00mo_outliers.ipynb #0f47bb58
+def _count_directions(pictures: int) -> int:
+    return max(1, min(64, pictures // 10))
+
+
+def _find_directions(features: np.ndarray, count: int) -> np.ndarray:  # float [N, D] to [D, count]
+    centred = features - features.mean(axis=0)
+    if len(centred) > centred.shape[1]:  # the same directions, in a fifth of the time
+        return np.linalg.eigh(centred.T @ centred)[1][:, :-count - 1:-1]
+    return np.linalg.svd(centred, full_matrices=False)[2][:count].T
+
+
 def measure_spread(
     features: np.ndarray,  # float [N, D] of training pictures
     targets: np.ndarray,  # int64 [N], indices of classes; or float32 [N, C] of labels
-    directions: int = 64,  # K, at most
+    directions: int = 0,  # K, at most; 0 takes as many as the pictures show
 ) -> Outliers:
     """Measure where features lie and how far they spread."""
     features, targets = _unit(features), targets if targets.ndim == 1 else np.zeros(len(targets), int)
-    _, _, turn = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
-    main = turn[:max(1, min(directions, len(features) // 10))].T
+    main = _find_directions(features, directions or _count_directions(len(features)))
     names, place = np.unique(targets, return_inverse=True)
     means = np.stack([features[targets == name].mean(axis=0) for name in names])
     basis = main @ _whiten((features - means[place]) @ main)
@@ -83,7 +93,7 @@ def fit_outliers(
     if unseen is not None:
         outliers = measure_spread(features, targets)
         return outliers, alarm_threshold(outliers.score(unseen))
-    fit = partial(measure_spread, directions=min(64, 4 * len(features) // 50))
+    fit = partial(measure_spread, directions=_count_directions(4 * len(features) // 5))
     fifths = [np.arange(len(features)) % 5 == k for k in range(5)]
     scores = [fit(features[~held], targets[~held]).score(features[held]) for held in fifths]
     return fit(features, targets), alarm_threshold(np.concatenate(scores))
