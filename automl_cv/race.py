@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .cache import Images, load_images
-from .champion import judged_by, worth
+from .champion import METRICS, judged_by, worth
 from .convolutions import to_device
 from .core import Run, check_stop, say
 from .cost import measure_cost
@@ -163,7 +163,8 @@ def race(
         found = [s if s.reason else _step(track, build(s.backbone), s, count) for s in found]
         found = drop(found, total, deadline - time.monotonic())
         running = [s for s in found if not s.reason]
-        say(f"  race, {running[0].pictures} pictures: " + ", ".join(
+        title = METRICS[running[0].figures["metric"]]
+        say(f"  race, {title} on {running[0].pictures} pictures: " + ", ".join(
             f"{s.name} {abs(worth(s.figures)):.3f}" for s in running))
         longest = max((total - s.pictures) / s.forward for s in running)
         if len(running) == 1 or time.monotonic() + longest > deadline:
