@@ -50,7 +50,7 @@ class Search:
     space: str = "standard"  # a key of `space.SPACES`
     head: Any = None  # a linear probe with weight and bias that networks start from; None for a random start
     metric: str = ""  # what trials are compared by, a key of champion.METRICS; empty takes the task's
-    offer: Callable[[str, Training], Any] = lambda name, training: None  # told of each finished trial
+    offer: Callable[..., Any] = lambda *told: None  # of each finished trial: name, training, figures
     soup: Callable[..., list[int]] = lambda *told: []  # of the best configuration, all values, and the time
 
     def worth(self, figures: dict[str, Any]) -> float:  # of an epoch or a trial
@@ -116,7 +116,7 @@ def _values(study: optuna.Study) -> dict[int, float]:
 def _leave_scores(search: Search, trial: Trial, training: Training) -> float:
     found = JUDGES[training.config.task].score_calibrated(training.logits, search.validation.targets)
     trial.set_user_attr("scores", found)
-    search.offer(f"trial {trial.number}", training)
+    search.offer(f"trial {trial.number}", training, judged_by(found, search.metric))
     value = search.worth(found)
     keep_weights(search.run.path / "trials", trial.number, _values(trial.study) | {trial.number: value},
                  training.averaged)
@@ -223,8 +223,7 @@ def prepare_search(
     train, validation = (track.images(split, base.size) for split in ("train", "validation"))
     head = refit_head(track, base, train) if is_small(run) else load_head(run, base.backbone, base.size)
     train = train.sample(max(1, round(trial_share * len(train))), base.seed)
-    def offer(name: str, training: Training) -> None:
-        figures = track.score(training.logits, validation.targets)
+    def offer(name: str, training: Training, figures: dict[str, Any]) -> None:
         candidate = Candidate(f"{base.backbone} {base.size} {name}", "trial", base.backbone, base.size,
                               epochs=float(len(training.history)), seconds=training.elapsed)
         if is_small(run):  # a few validation pictures are no match for what folds say
