@@ -7,6 +7,7 @@ __all__ = ['APART', 'choose_config', 'train_split', 'average_folds', 'train_fold
 
 # %% ../nbs/04_train.ipynb #ebec5a43
 import copy
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -56,11 +57,16 @@ def _offer(track: Track, training: Training, answers: tuple[dict[str, Any], np.n
     return offer_model(track, config, training.averaged, answers, terms, candidate, strange=strange)
 
 # %% ../nbs/04_train.ipynb #e666e034
+def _likely_epochs(training: Training) -> int:  # that it will have; the time may end it before the plan does
+    return min(training.config.epochs, math.ceil(len(training.history) / min(1.0, training.progress())))
+
+
 def _tell(training: Training, record: Record) -> None:
-    entry = training.history[-1]
+    entry, likely = training.history[-1], _likely_epochs(training)
     score = f", validation {METRICS[entry['metric']]} {abs(worth(entry)):.4f}" if "metric" in entry else ""
     if not training.again:
-        say(f"  epoch {entry['epoch']}/{training.config.epochs}: loss {entry['train_loss']:.3f}{score}, "
+        say(f"  epoch {entry['epoch']}/{'~' * (likely < training.config.epochs)}{likely}: "
+            f"loss {entry['train_loss']:.3f}{score}, "
             f"{entry['seen'] / entry['seconds']:.0f} pictures/s")
     record.log_metrics(entry, step=entry["epoch"])
 
