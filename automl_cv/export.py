@@ -275,7 +275,7 @@ def paired_loss(
 ) -> tuple[float, float]:  # the share that was lost, and its standard error
     """Compare two models on the same pictures."""
     change = before.astype(float) - after
-    return float(change.mean()), float(change.std() / math.sqrt(len(change)))
+    return float(change.mean()), max(float(change.std() / math.sqrt(len(change))), 1 / len(change))
 
 # %% ../nbs/01h_export.ipynb #0127d38b
 def speed_ratio(
@@ -303,7 +303,8 @@ def quantise_bundle(
         loss, error = paired_loss(*(_right(path, judged, targets, info) for path in (full, small)))
         speed = speed_ratio(full, small, judged[:1])
         slow, lossy = speed <= min_speed, loss + error > MAX_LOSS
-        reason = f"it loses {100 * loss:.2f} points, give or take {100 * error:.2f}" if lossy else (
+        doubt = f"give or take {100 * error:.2f}, on {len(judged)} pictures"
+        reason = f"it loses {100 * loss:.2f} points, {doubt}" if lossy else (
             "it is not faster here" if slow else "")
         found = {"loss": loss, "error": error, "speed": speed, "images": len(judged),
                  "passed": not reason, "reason": reason}
