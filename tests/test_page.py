@@ -491,8 +491,8 @@ def test_leaving_a_batch_under_way_is_asked(open_page, server, plain):
     page.route("**/predict?*", lambda route: None)  # it takes its time
     page.set_input_files("#files", picture(plain))
     page.wait_for_selector("#stop:visible")
-    page.evaluate("location.reload()")
-    page.wait_for_timeout(300)
+    with page.expect_event("dialog"):
+        page.evaluate("location.reload()")
     assert asked == ["beforeunload"] and page.is_visible("#stop")
     page.click("#stop")
     page.wait_for_selector("text=1 file done, 1 failed")
