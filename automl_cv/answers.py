@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support
 
 from .core import AutomlError, check_stop, track
-from .items import Item, read_again
+from .items import REMEDY, Item, read_again
 from .pixels import DATASET
 from .predict import Prediction, Predictor
 from .scores import JUDGES, wilson
@@ -73,7 +73,7 @@ def answer_rows(
     known = open_source(source).by_name()
     gone = [path for path in rows.path if path not in known]
     if gone:
-        raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", "Run step 1 again.")
+        raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", REMEDY)
     items = [replace(known[path], read=partial(read_again, known[path], sha256))
              for path, sha256 in zip(rows.path, rows.sha256)]
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from .bounds import by_age, cache_bound, touch
 from .core import AutomlError, check_stop, home, say, track
-from .items import CORES, Item, read_again
+from .items import CORES, REMEDY, Item, read_again
 from .pixels import DATASET, Policy, stored
 from .sources import open_source
 
@@ -113,7 +113,7 @@ def _decode(source: str, missing: dict[str, str], folder: Path, policy: Policy) 
     items = opened.by_name()
     gone = [name for name in missing.values() if name not in items]
     if gone:
-        raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", "Run step 1 again.")
+        raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", REMEDY)
     jobs = iter([(items[name], sha256) for sha256, name in missing.items()])
     blocks = _write_blocks(folder, jobs, policy, max(CORES, opened.readers))
     places = ((name.decode(), (block, row)) for block in blocks
