@@ -24,10 +24,12 @@ import pandas as pd
 from .archives import open_archive
 from .core import AutomlError, atomic_folder, home, is_system
 from .elements import draw_elements, name_elements
-from .items import CORES, SEPARATOR, SPLITS, Item, Source, clean_label, lay_out, open_folder
+from .items import (CORES, SEPARATOR, SPLITS, SUFFIXES, Item, Source, clean_label, lay_out,
+                             open_folder)
 from .remote import READERS, fetch_file, is_address, is_object, open_objects, open_remote
 from .rows import read_table
 from .scenes import CLASSES, draw_scene
+from .shards import find_pictures, open_shards
 from .tables import Labelled, find_table, label_items, open_frame, open_table
 
 # %% ../nbs/00h_sources.ipynb #26503a75
@@ -200,6 +202,18 @@ def _warn_of_links(items: list[Item]) -> Iterator[str]:
                "Put what they lead to in their place, as cp -rL does.")
 
 # %% ../nbs/00h_sources.ipynb #a0ac4a2f
+def _find_shards(folder: Path, items: list[Item]) -> dict[str, Path]:
+    names = [item.name for item in items if not item.status]
+    if find_table(items) or any(name.lower().endswith(SUFFIXES) for name in names):
+        return {}
+    return {name: folder / name for name in names if find_pictures(folder / name)}
+
+
+def _open_shard(url: str, label: str, group: str) -> Source:
+    path = Path(url).expanduser()
+    return _from_labelled(url, open_shards({path.name: path}, [], label, group))
+
+
 def _open_folder(url: str, label: str, group: str) -> Source:
     folder = Path(url).expanduser()
     own = os.path.relpath(home().resolve(), folder.resolve()) + "/"
@@ -208,6 +222,9 @@ def _open_folder(url: str, label: str, group: str) -> Source:
     empty = [name for name in list_empty(folder) if not f"{name}/".startswith(own)]
     warnings = (*(f"The folder {name!r} holds no file, so it is no class." for name in empty),
                 *_warn_of_links(items))
+    if shards := _find_shards(folder, items):
+        rest = [item for item in items if item.name not in shards]
+        return _from_labelled(url, open_shards(shards, rest, label, group), warnings)
     return _sort_out(url, items, label, group, warnings=warnings)
 
 # %% ../nbs/00h_sources.ipynb #06631fc8
@@ -236,6 +253,7 @@ OPENERS: list[tuple[Callable[[Any], Any], Callable[[Any, str, str], Source]]] = 
     (re.compile(r"torchvision:.*").fullmatch, _open_torchvision),
     (is_address, _open_remote),
     (lambda url: Path(url).expanduser().is_dir(), _open_folder),
+    (lambda url: find_pictures(Path(url).expanduser()), _open_shard),
     (lambda url: Path(url).expanduser().is_file() and url.lower().endswith(TABLES), _open_table),
     (lambda url: Path(url).expanduser().is_file(), _open_archive),
 ]
