@@ -72,13 +72,21 @@ def open_block(
     pixels = np.frombuffer(data, np.uint8, end).reshape(count, side, side, 3)
     return Block(path, pixels, np.frombuffer(data, RECORD, count, end), np.zeros(count, bool))
 
+# %% ../nbs/00m_store.ipynb #f2c6127d
+def _fetch(item: Item, sha256: str, policy: Policy) -> np.ndarray:
+    data = read_again(item, sha256)
+    try:
+        return stored(data, policy, DATASET)
+    except AutomlError as error:  # it was usable when it was scanned
+        raise AutomlError("source_changed", f"{item.name} cannot be read any more.", REMEDY) from error
+
 # %% ../nbs/00m_store.ipynb #b2ff36b4
 def _write_block(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy) -> Block | None:
     draft, records, end = folder / f".{uuid4().hex}", [], time.monotonic() + BLOCK_SECONDS
     rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (3 * policy.store**2)))
     with draft.open("wb", buffering=2**20) as file:  # large writes cost a third less
         for item, sha256 in islice(jobs, rows):
-            square = stored(read_again(item, sha256), policy, DATASET)
+            square = _fetch(item, sha256, policy)
             file.write(square)
             records.append((sha256, zlib.crc32(square)))
             if time.monotonic() > end:

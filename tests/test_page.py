@@ -763,7 +763,7 @@ def test_what_systems_leave_in_folders_is_left_out(open_page, server, plain):
 
     page = open_page(f"{server.url}/batch")
     page.evaluate(GIVE, ["drop", ["red.png", "Desktop.ini", ".DS_Store", *SYSTEM], list(plain("red"))])
-    page.wait_for_selector("text=1 file done, 6 hidden files left out")
+    page.wait_for_selector("text=1 file done, 9 hidden files left out")
 
 
 def violations(page):

@@ -1,6 +1,7 @@
 // How files get into a page: dropped anywhere on it, pasted, or chosen.
 
-const SYSTEM = ["__macosx", "thumbs.db", "desktop.ini", "$recycle.bin"]; // as the service itself leaves out
+// As the service itself leaves out.
+const SYSTEM = ["__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "#recycle", "@eadir", "icon\r"];
 
 const hidden = (path) => path.split("/").some((part) => part.startsWith(".") || SYSTEM.includes(part.toLowerCase()));
 
