@@ -178,18 +178,21 @@ VERSION = 4  # of the policy; a bundle names the version that it was trained wit
 def _rows_between(top: float, bottom: float, height: int, size: int) -> tuple[np.ndarray, ...]:
     centres = top - 0.5 + (np.arange(size) + 0.5) * (bottom - top) / size
     upper = np.floor(centres).astype(int)
-    weight = np.rint(256 * (centres - upper)).astype(np.uint16)[:, None]  # of the lower row; 256 is all of it
-    return upper.clip(0, height - 1), (upper + 1).clip(0, height - 1), 256 - weight, weight
+    weight = np.rint(256 * (centres - upper)).astype(np.uint16)  # of the lower row; 256 is all of it
+    return upper.clip(0, height - 1), np.where(upper < 0, 0, weight).astype(np.uint16)[:, None]
 
 # %% ../nbs/00a_pixels.ipynb #71b4e916
 def _enlarge(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
     height = image.height
     wide = image.resize((size, height), Image.Resampling.BILINEAR, box=(box[0], 0, box[2], height))
-    rows = np.asarray(wide).reshape(height, size * 3)
-    upper, lower, near, far = _rows_between(box[1], box[3], height, size)
-    mixed, part = rows[upper] * near, rows[lower] * far  # 16 bits hold 256 * 255 + 128
-    mixed += part
-    mixed += 128
+    rows = np.asarray(wide).reshape(height, size * 3).astype(np.uint16)
+    steps = np.diff(rows, axis=0, append=rows[-1:])  # to the row below, modulo 2**16
+    rows <<= 8
+    rows += 128
+    upper, weight = _rows_between(box[1], box[3], height, size)
+    mixed = steps.take(upper, axis=0)
+    mixed *= weight
+    mixed += rows.take(upper, axis=0)  # 16 bits hold 256 * 255 + 128
     mixed >>= 8
     return mixed.astype(np.uint8).reshape(size, size, 3)
 
