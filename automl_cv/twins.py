@@ -25,6 +25,7 @@ from scipy.spatial import cKDTree
 from .audit import BLANK, Finding, judged, report
 from .core import check_stop
 from .facts import THUMB, read_thumbs
+from .items import CORES
 from .pixels import DATASET, decode
 
 # %% ../nbs/00k_twins.ipynb #13e576e6
@@ -53,7 +54,7 @@ def make_band(
 
 # %% ../nbs/00k_twins.ipynb #09488dba
 def _planes(images: np.ndarray) -> np.ndarray:  # uint8 [N, S, S, 3] to float32 [N, 3, S, S]
-    return ((images.astype(np.float32) - 128) @ MIX).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(((images.astype(np.float32) - 128) @ MIX).transpose(0, 3, 1, 2))
 
 # %% ../nbs/00k_twins.ipynb #d27694de
 def _unit(values: np.ndarray) -> np.ndarray:
@@ -74,6 +75,11 @@ def _measure(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray, band: Ba
 # %% ../nbs/00k_twins.ipynb #7277f8d1
 WHOLE = np.array([[0.0, 1.0, 0.0, 1.0]], np.float32)
 
+
+def _look(planes: np.ndarray, windows: np.ndarray, band: Band) -> np.ndarray:  # float32 [N, D], of length 1
+    top, height, left, width = windows.T
+    return _unit(_measure(planes, _cut(band.waves, top, height), _cut(band.waves, left, width), band))
+
 # %% ../nbs/00k_twins.ipynb #2a67327f
 def measure(
     images: np.ndarray,  # RGB uint8 [N, S, S, 3]
@@ -81,9 +87,7 @@ def measure(
     band: Band,  # for pictures of S pixels a side
 ) -> np.ndarray:  # float32 [N, D], of length 1
     """Return what the windows of pictures look like."""
-    top, height, left, width = windows.T
-    cuts = _cut(band.waves, top, height), _cut(band.waves, left, width)
-    return _unit(_measure(_planes(images), *cuts, band))
+    return _look(_planes(images), windows, band)
 
 
 
@@ -97,8 +101,7 @@ def _bend(waves: np.ndarray, start: np.ndarray, length: np.ndarray) -> list[np.n
     return [_cut(waves, start, length), (ends[0] - ends[1]) / (2 * STEP), (ends[2] - ends[3]) / (2 * STEP)]
 
 # %% ../nbs/00k_twins.ipynb #825cb15a
-def _span(images: np.ndarray, windows: np.ndarray, band: Band) -> np.ndarray:  # float32 [N, 5, D]
-    planes = _planes(images)
+def _span(planes: np.ndarray, windows: np.ndarray, band: Band) -> np.ndarray:  # float32 [N, 5, D]
     rows, columns = _bend(band.waves, *windows.T[:2]), _bend(band.waves, *windows.T[2:])
     parts = [_measure(planes, rows[i], columns[j], band) for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))]
     return np.stack(parts, 1) / np.maximum(np.linalg.norm(parts[0], axis=1), 1e-6)[:, None, None]
@@ -118,8 +121,9 @@ def align(
     bands: list[Band],  # one pass each, from coarse to fine
 ) -> tuple[np.ndarray, np.ndarray]:  # misfit float32 [N] from 0 to 1, and better windows [N, 4]
     """Fit windows of pictures to other pictures."""
+    planes, targets = _planes(images), _planes(others)
     for band in bands:
-        misfit, step = _solve(_span(images, windows, band), measure(others, WHOLE, band))
+        misfit, step = _solve(_span(planes, windows, band), _look(targets, WHOLE, band))
         windows = windows + step
     return misfit, windows
 
@@ -130,17 +134,17 @@ COARSE = make_band(THUMB, 6, weighted=False)
 RADIUS, NEAR, DIMENSIONS = 6.5, 8, 12  # how far, how many at most, and in how many dimensions
 SKIP = 2.0  # branches farther than RADIUS / (1 + SKIP) are not entered
 LEAF = 32  # points at the end of a branch
-BLOCK = 2048  # pictures that are worked on at a time, which bounds the memory
+BLOCK = 1024  # pictures that are worked on at a time, which bounds the memory
 
 # %% ../nbs/00k_twins.ipynb #63fb0980
 def _choose_dimensions(thumbs: np.ndarray) -> np.ndarray:  # uint8 [N, 16, 16, 3] to float32 [D, 12]
-    sample = thumbs[::max(1, len(thumbs) // 2000)]
+    sample = _planes(thumbs[::max(1, len(thumbs) // 2000)])
     moves = 1e-4 * np.eye(len(COARSE.keep))
     for window in WINDOWS:
         span = _span(sample, window[None], COARSE)
         bends = span[:, 1:] - span[:, 1:] @ span[:, :1].transpose(0, 2, 1) * span[:, :1]
         moves += STEP**2 * np.einsum("nkd,nke->de", bends, bends) / (len(sample) * len(WINDOWS))
-    return eigh(np.cov(measure(sample, WHOLE, COARSE).T), moves)[1][:, :-DIMENSIONS - 1:-1].astype(np.float32)
+    return eigh(np.cov(_look(sample, WHOLE, COARSE).T), moves)[1][:, :-DIMENSIONS - 1:-1].astype(np.float32)
 
 # %% ../nbs/00k_twins.ipynb #2f64720b
 def _measure_all(thumbs: np.ndarray) -> np.ndarray:  # uint8 [N, 16, 16, 3] to float32 [N, D]
@@ -152,21 +156,6 @@ def _plant(points: np.ndarray) -> tuple[cKDTree, np.ndarray]:  # and the points'
     order = cKDTree(points, LEAF).indices
     return cKDTree(points[order], LEAF), order
 
-# %% ../nbs/00k_twins.ipynb #57847da1
-def _look_up(thumbs: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:  # first, second, mirrored, window
-    metric = _choose_dimensions(thumbs)
-    trees = [_plant(_measure_all(view) @ metric) for view in (thumbs, thumbs[:, :, ::-1])]
-    for start, window in product(range(0, len(thumbs), BLOCK), WINDOWS):
-        check_stop()
-        rows = trees[0][1][start:start + BLOCK]
-        points = measure(thumbs[rows], window[None], COARSE) @ metric
-        for mirrored, (tree, order) in enumerate(trees):
-            near = tree.query(points, [*range(1, NEAR + 1)], SKIP, 2, RADIUS, workers=-1)[1]
-            i, rank = np.nonzero(near < len(thumbs))
-            first, second = rows[i], order[near[i, rank]]
-            if (first != second).any():
-                yield first[first != second], second[first != second], mirrored, window
-
 # %% ../nbs/00k_twins.ipynb #0c79fc39
 LOOSE, PARTNERS = 0.02, 4  # misfit on thumbnails of a pair that goes on; at most so many pairs a picture
 _PLACE = ["top", "height", "left", "width"]
@@ -177,12 +166,34 @@ def _turned(images: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/00k_twins.ipynb #5d70ecad
 def _nearby(thumbs: np.ndarray) -> Iterator[pd.DataFrame]:  # uint8 [N, 16, 16, 3]
-    for first, second, mirrored, window in _look_up(thumbs):
-        known, at = np.unique(first, return_inverse=True)
-        others = _turned(thumbs[second], np.full(len(second), bool(mirrored)))
-        misfit, step = _solve(_span(thumbs[known], window[None], COARSE)[at], measure(others, WHOLE, COARSE))
-        pairs = pd.DataFrame(window + step, columns=_PLACE).assign(first=first, second=second, misfit=misfit)
-        yield pairs.assign(mirrored=bool(mirrored))[misfit < 2 * LOOSE]
+    metric = _choose_dimensions(thumbs)
+    looks = np.stack([_measure_all(view) for view in (thumbs, thumbs[:, :, ::-1])])
+    trees = [_plant(look @ metric) for look in looks]
+
+    def look_up(points: np.ndarray, rows: np.ndarray) -> np.ndarray:  # [3, P]: in rows, mirrored, in thumbs
+        found = []
+        for mirrored, (tree, order) in enumerate(trees):
+            near = tree.query(points, [*range(1, NEAR + 1)], SKIP, 2, RADIUS)[1]
+            at, rank = np.nonzero(near < len(order))
+            found.append(np.stack([at, np.full(len(at), mirrored), order[near[at, rank]]]))
+        pairs = np.concatenate(found, 1)
+        return pairs[:, rows[pairs[0]] != pairs[2]]
+
+    def search(rows: np.ndarray) -> pd.DataFrame:
+        planes, found = _planes(thumbs[rows]), []
+        for window in WINDOWS[:, None]:
+            check_stop()
+            pairs = look_up(_look(planes, window, COARSE) @ metric, rows)
+            known, at = np.unique(pairs[0], return_inverse=True)
+            misfit, step = _solve(_span(planes[known], window, COARSE)[at], looks[pairs[1], pairs[2]])
+            found.append(np.vstack([pairs, misfit, (window + step).T])[:, misfit < 2 * LOOSE])
+        at, mirrored, second, misfit, *place = np.concatenate(found, 1)
+        return pd.DataFrame({"first": rows[at.astype(int)], "second": second.astype(int), "misfit": misfit}
+                            | dict(zip(_PLACE, place)) | {"mirrored": mirrored > 0})
+
+    order = trees[0][1]  # neighbours in the tree are alike
+    with ThreadPoolExecutor(CORES) as pool:
+        yield from pool.map(search, np.split(order, range(BLOCK, len(order), BLOCK)))
 
 # %% ../nbs/00k_twins.ipynb #6f8d69d1
 def _improve(thumbs: np.ndarray, pairs: pd.DataFrame) -> pd.DataFrame:
