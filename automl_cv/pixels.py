@@ -233,10 +233,11 @@ def decode(
     data: bytes,  # a file's content
     target: int = 0,  # the side that will be needed, pixels; 0 decodes at full size
     limits: Limits = UPLOAD,  # what is allowed
-    margin: float = 2.0  # how many times the target a fraction has to be, at least
+    margin: float = 2.0,  # how many times the target a fraction has to be, at least
+    opened: Image.Image | None = None,  # by `open_image`, where somebody looked at its header before
 ) -> tuple[Image.Image, list[str]]:  # an RGB picture the right way up, and what was done to it in plain words
     """Decode a picture. Raises AutomlError with the code of the first failing check."""
-    image, notes = open_image(data, limits), []
+    image, notes = opened or open_image(data, limits), []
     try:
         if getattr(image, "is_animated", False):  # n_frames would read all of a TIFF's directories
             notes.append("only the first frame was used")

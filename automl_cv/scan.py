@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'NUMBERS', 'FACTS', 'SCHEMA', 'VERSION', 'COLUMNS', 'look', 
 # %% ../nbs/00m_scan.ipynb #aca7aa56
 import errno
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -19,8 +19,9 @@ import pandas as pd
 
 from .core import AutomlError, check_stop, hash_bytes, home, track
 from .facts import describe
-from .items import SUFFIXES, Item, Source
+from .items import CORES, SUFFIXES, Item, Source
 from .pixels import DATASET, decode, open_image, sniff
+from .processes import here, spread
 
 # %% ../nbs/00m_scan.ipynb #585bc0ba
 TEXTS = ["sha256", "phash", "format", "mode", "code", "notes"]
@@ -35,17 +36,18 @@ def look(
     facts = dict.fromkeys(TEXTS, "") | dict.fromkeys(NUMBERS, 0) | {"thumb": b""}
     facts |= {"sha256": hash_bytes(data), "format": sniff(data)}
     try:
-        header = open_image(data, DATASET)
-        image, notes = decode(data, target=64, limits=DATASET)
+        image = open_image(data, DATASET)
+        header = {"width": image.width, "height": image.height, "mode": image.mode}
+        image, notes = decode(data, target=64, limits=DATASET, opened=image)
     except AutomlError as error:
         return facts | {"code": error.code, "notes": str(error)}
-    return facts | describe(image) | {
-        "width": header.size[0], "height": header.size[1], "mode": header.mode,
+    return facts | header | describe(image) | {
         "phash": str(imagehash.phash(image)), "notes": "; ".join(notes)}
 
 # %% ../nbs/00m_scan.ipynb #7c3efd7e
 def examine(
     item: Item,  # one file of a source
+    call: Callable[..., Any] = here,  # calls `look`; as `processes.spread` lends it
 ) -> dict[str, Any]:  # its facts; without `sha256` where the content was not seen
     """Read one file and look at it. Raises AutomlError interrupted, source_unreachable."""
     check_stop()
@@ -60,7 +62,7 @@ def examine(
             raise AutomlError("source_unreachable", f"{item.name} cannot be fetched: {error}.",
                               "Run the same command again later; what was read is kept.") from None
         return {"code": "unreadable", "notes": f"The file cannot be read ({type(error).__name__})."}
-    return look(data)
+    return call(look, data)
 
 # %% ../nbs/00m_scan.ipynb #39127f0c
 SCHEMA = f"""
@@ -108,14 +110,15 @@ class Store:
         self.database.execute("COMMIT")
 
 # %% ../nbs/00m_scan.ipynb #58ac9cdd
-def _windowed(pool: ThreadPoolExecutor, items: Iterable[Item], width: int) -> Iterator[tuple[Item, Future]]:
+def _windowed(submit: Callable[[Item], Future], items: Iterable[Item],
+              width: int) -> Iterator[tuple[Item, Future]]:
     items, waiting = iter(items), []
     for item in islice(items, width):
-        waiting.append((item, pool.submit(examine, item)))
+        waiting.append((item, submit(item)))
     while waiting:
         yield waiting.pop(0)
         for item in islice(items, 1):
-            waiting.append((item, pool.submit(examine, item)))
+            waiting.append((item, submit(item)))
 
 # %% ../nbs/00m_scan.ipynb #77d32c55
 def read_all(
@@ -127,15 +130,16 @@ def read_all(
     todo = [item for item in source.items
             if item.status != "ignored" and (not item.stamp or seen.get(item.name, ("",))[0] != item.stamp)]
     pool = ThreadPoolExecutor(source.readers)
-    try:
-        results = track(_windowed(pool, todo, 4 * source.readers), "reading pictures", len(todo))
-        for item, future in results:
-            facts = future.result()
-            if "sha256" in facts:
-                store.keep(item, facts)
-            fresh[item.name] = facts if "sha256" not in facts else {"sha256": facts["sha256"]}
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with spread(len(todo) if source.readers <= CORES else 0) as call:  # a network's readers wait for it
+        try:
+            results = _windowed(lambda item: pool.submit(examine, item, call), todo, 4 * source.readers)
+            for item, future in track(results, "reading pictures", len(todo)):
+                facts = future.result()
+                if "sha256" in facts:
+                    store.keep(item, facts)
+                fresh[item.name] = facts if "sha256" not in facts else {"sha256": facts["sha256"]}
+        finally:
+            pool.shutdown(cancel_futures=True)
     return fresh
 
 # %% ../nbs/00m_scan.ipynb #c955e122

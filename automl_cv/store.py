@@ -13,13 +13,13 @@ import resource
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 from uuid import uuid4
 
 import numpy as np
@@ -28,6 +28,7 @@ from .bounds import by_age, cache_bound, touch
 from .core import AutomlError, check_stop, home, say, track
 from .items import CORES, REMEDY, Item, read_again
 from .pixels import DATASET, Policy, stored
+from .processes import here, spread
 from .sources import open_source
 
 # %% ../nbs/00m_store.ipynb #bcfb824d
@@ -73,20 +74,21 @@ def open_block(
     return Block(path, pixels, np.frombuffer(data, RECORD, count, end), np.zeros(count, bool))
 
 # %% ../nbs/00m_store.ipynb #f2c6127d
-def _fetch(item: Item, sha256: str, policy: Policy) -> np.ndarray:
+def _fetch(item: Item, sha256: str, policy: Policy, call: Callable[..., Any]) -> np.ndarray:
     data = read_again(item, sha256)
     try:
-        return stored(data, policy, DATASET)
+        return call(stored, data, policy, DATASET)
     except AutomlError as error:  # it was usable when it was scanned
         raise AutomlError("source_changed", f"{item.name} cannot be read any more.", REMEDY) from error
 
 # %% ../nbs/00m_store.ipynb #b2ff36b4
-def _write_block(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy) -> Block | None:
+def _write_block(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy,
+                 call: Callable[..., Any] = here) -> Block | None:
     draft, records, end = folder / f".{uuid4().hex}", [], time.monotonic() + BLOCK_SECONDS
     rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (3 * policy.store**2)))
     with draft.open("wb", buffering=2**20) as file:  # large writes cost a third less
         for item, sha256 in islice(jobs, rows):
-            square = _fetch(item, sha256, policy)
+            square = _fetch(item, sha256, policy, call)
             file.write(square)
             records.append((sha256, zlib.crc32(square)))
             if time.monotonic() > end:
@@ -102,15 +104,15 @@ def _write_block(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy)
 
 # %% ../nbs/00m_store.ipynb #4a03b342
 def _write_blocks(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy,
-                  threads: int) -> Iterator[Block]:
-    with ThreadPoolExecutor(threads) as pool:
-        running = {pool.submit(_write_block, folder, jobs, policy) for _ in range(threads)}
+                  threads: int, count: int) -> Iterator[Block]:
+    with spread(count) as call, ThreadPoolExecutor(threads) as pool:
+        running = {pool.submit(_write_block, folder, jobs, policy, call) for _ in range(threads)}
         try:
             while running:
                 check_stop()
                 done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for block in filter(None, [future.result() for future in done]):
-                    running.add(pool.submit(_write_block, folder, jobs, policy))
+                    running.add(pool.submit(_write_block, folder, jobs, policy, call))
                     yield block
         finally:
             deque(jobs, maxlen=0)
@@ -123,7 +125,8 @@ def _decode(source: str, missing: dict[str, str], folder: Path, policy: Policy) 
     if gone:
         raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", REMEDY)
     jobs = iter([(items[name], sha256) for sha256, name in missing.items()])
-    blocks = _write_blocks(folder, jobs, policy, max(CORES, opened.readers))
+    threads = max(CORES, opened.readers)
+    blocks = _write_blocks(folder, jobs, policy, threads, len(missing) if threads == CORES else 0)
     places = ((name.decode(), (block, row)) for block in blocks
               for row, name in enumerate(block.records["sha256"].tolist()))
     return dict(track(places, "decoding pictures", len(missing)))
