@@ -29,7 +29,6 @@ from .core import AutomlError, check_stop, home, say, track
 from .items import CORES, REMEDY, Item, read_again
 from .pixels import DATASET, Policy, stored
 from .processes import here, spread
-from .sources import open_source
 
 # %% ../nbs/00m_store.ipynb #bcfb824d
 def store_folder(
@@ -138,6 +137,8 @@ def _write_blocks(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy
 
 # %% ../nbs/00m_store.ipynb #d7a6255b
 def _decode(source: str, missing: dict[str, str], folder: Path, policy: Policy) -> dict[str, Place]:
+    from automl_cv.sources import open_source  # tables and archives are nothing to a process that decodes
+
     opened = open_source(source)
     items = opened.by_name()
     gone = [name for name in missing.values() if name not in items]

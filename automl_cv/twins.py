@@ -270,7 +270,7 @@ def find_pairs(
     """Find pairs of near-duplicates. Raises what `read` raises, and AutomlError of a picture that changed."""
     rows = judged(manifest)
     rows = rows[rows.contrast >= BLANK].reset_index(drop=True)
-    pairs, twins = list_candidates(read_thumbs(rows)), []
+    pairs, twins = list_candidates(read_thumbs(rows.thumb)), []
     for start in range(0, len(pairs), BLOCK // 4):
         twins += _confirm(pairs[start:start + BLOCK // 4], rows.path.to_numpy(), read)
     twins.sort(key=lambda twin: twin.score)
