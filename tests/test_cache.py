@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 
@@ -23,10 +24,11 @@ COUNT, POLICY = 200, Policy(size=64, store=72)
 CHILD = """
 import json, sys
 import pandas as pd
-from automl_cv import cache, store
+from automl_cv import cache, processes, store
 from automl_cv.core import AutomlError, hash_bytes, stop_on_signals
 from automl_cv.pixels import Policy
 store.BLOCK_SECONDS = 0.01  # commit often, so that there is much to keep
+processes.MANY = int(sys.argv[3])  # 0: processes decode, although there are few pictures
 seen, stored = [], store.stored
 store.stored = lambda *words: (seen.append(1), stored(*words))[1]
 rows = pd.read_csv(sys.argv[2])
@@ -60,8 +62,8 @@ def start(photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path))
     monkeypatch.delenv("AUTOML_CV_CACHE_GB", raising=False)
 
-    def start():
-        command = [sys.executable, "-c", CHILD, str(photographs[0]), str(photographs[0].parent / "rows.csv")]
+    def start(many=10**9):
+        command = [sys.executable, "-c", CHILD, str(photographs[0]), str(photographs[0].parent / "rows.csv"), str(many)]
         process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout.readline() == "ready\n"
         return process
@@ -115,6 +117,24 @@ def test_kills_lose_only_what_was_not_committed(start, photographs):
     _, last = finish(process)
     assert last == {"decoded": COUNT - kept, "found": photographs[2]}
     assert not list(store_folder(POLICY).glob(".*"))
+
+
+@pytest.mark.skipif(store.CORES < 2, reason="one core needs no processes")
+def test_processes_that_decode_end_with_a_killed_parent(start, photographs):
+    process = start(many=0)
+    go(process)
+    wait_for_blocks(2)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    assert len(workers) == store.CORES
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    kept = committed()
+    assert 0 < kept < COUNT
+    process = start(many=0)
+    go(process)
+    assert finish(process)[1] == {"decoded": 0, "found": photographs[2]}  # in this process
+    assert committed() == COUNT and not list(store_folder(POLICY).glob(".*"))
 
 
 def test_interrupt_loses_nothing(start, photographs):
