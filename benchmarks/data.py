@@ -115,7 +115,9 @@ def kill(times: int = 10) -> dict[str, object]:
         for _ in range(times):
             process = subprocess.Popen([*CLI, "check", str(Path(room, "data")), "--json"], env=env,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(moments.uniform(1.5, 4))
+            while process.poll() is None and seen(Path(room, "killed")) <= known[-1]:  # it still loads its modules
+                time.sleep(0.05)
+            time.sleep(moments.uniform(0, 1))
             process.send_signal(signal.SIGKILL)
             process.wait()
             known.append(seen(Path(room, "killed")))

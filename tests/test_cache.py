@@ -63,7 +63,8 @@ def start(photographs, tmp_path, monkeypatch):
     monkeypatch.delenv("AUTOML_CV_CACHE_GB", raising=False)
 
     def start(many=10**9):
-        command = [sys.executable, "-c", CHILD, str(photographs[0]), str(photographs[0].parent / "rows.csv"), str(many)]
+        given = photographs[0], photographs[0].parent / "rows.csv", many
+        command = [sys.executable, "-c", CHILD, *map(str, given)]
         process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout.readline() == "ready\n"
         return process
