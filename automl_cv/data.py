@@ -25,7 +25,6 @@ from .fixes import (apply_fixes, apply_review, findings_table, read_kinds, read_
                              write_review)
 from .items import Source, split_labels
 from .remote import is_address
-from .report import write_report
 from .scan import scan
 from .sources import TABLES, open_source
 from .splits import assign_folds, split_rows
@@ -214,6 +213,8 @@ def write_results(
     write_review(table, findings_table(findings, manifest))
     shown = [hash_file(run.path / name) for name in ("manifest.parquet", "findings.json")]
     if run.read("data", {}).get("shown") != shown or not (run.path / "report.html").exists():
+        from automl_cv.report import write_report  # which loads what draws
+
         write_report(run.path / "report.html", source.by_name(), manifest, findings, summary)
     counts = dict(Counter(finding.kind for finding in findings))
     run.write("data", summary | {"findings": counts, "shown": shown,
