@@ -25,8 +25,8 @@ from .core import AutomlError, check_stop, track
 from .items import REMEDY, Item, read_again
 from .pixels import DATASET
 from .predict import Prediction, Predictor
+from .processes import cores
 from .scores import JUDGES, wilson
-from .sessions import cores
 from .sources import open_source
 from .tasks import TASKS, Task
 

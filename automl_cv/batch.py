@@ -26,7 +26,7 @@ from .core import AutomlError, check_stop, hash_bytes, is_system, sync, track
 from .items import SEPARATOR
 from .pixels import DATASET
 from .predict import Prediction, Predictor
-from .sessions import cores
+from .processes import cores
 
 # %% ../nbs/04d_batch.ipynb #cae64d04
 def _try(predictor: Predictor, path: Path) -> Prediction | AutomlError:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from .core import AutomlError, hash_bytes, is_system
+from .processes import cores
 
 # %% ../nbs/00c_items.ipynb #4677c0cb
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Item:
     notes: str = ""  # the same in plain words
 
 # %% ../nbs/00c_items.ipynb #3496be9e
-CORES = os.cpu_count() or 1
+CORES = cores()
 
 # %% ../nbs/00c_items.ipynb #706c7df3
 @dataclass(frozen=True)

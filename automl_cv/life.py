@@ -23,7 +23,8 @@ from .core import AutomlError
 from .loading import HANGUPS, Loading, begin_loading, is_address, read_number, stamp
 from .pool import Pool
 from .predict import Predictor
-from .sessions import batch_limit, cores
+from .processes import cores
+from .sessions import batch_limit
 from .web import LOG
 
 # %% ../nbs/05dd_life.ipynb #a68a2310

@@ -22,7 +22,8 @@ import numpy as np
 from .core import AutomlError, hash_file, read_json
 from .outliers import load_outliers
 from .pixels import UPLOAD, VERSION, Limits, Policy, centre_crop, decode, to_square
-from .sessions import (OpenVino, Together, cores, has_byte_products, has_gpu, has_openvino, on_gpu,
+from .processes import cores
+from .sessions import (OpenVino, Together, has_byte_products, has_gpu, has_openvino, on_gpu,
                                 open_session)
 from .tasks import TASKS
 

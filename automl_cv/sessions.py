@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['CUDA', 'BYTE_PRODUCTS', 'Asked', 'Session', 'has_gpu', 'list_providers', 'open_session', 'has_byte_products',
-           'has_openvino', 'OpenVino', 'name_engine', 'on_gpu', 'cpu_quota', 'cores', 'Together', 'batch_limit']
+           'has_openvino', 'OpenVino', 'name_engine', 'on_gpu', 'Together', 'batch_limit']
 
 # %% ../nbs/03a_sessions.ipynb #777b83e1
-import math
-import os
 import sys
 import threading
 from collections import deque
@@ -111,25 +109,6 @@ def on_gpu(
 ) -> bool:
     """Tell whether a graph runs on a GPU."""
     return isinstance(session, onnxruntime.InferenceSession) and CUDA in session.get_providers()
-
-# %% ../nbs/03a_sessions.ipynb #4a710925
-def cpu_quota(
-    root: Path = Path("/sys/fs/cgroup"),  # where control groups are mounted
-) -> float:  # cores that the process may use on average; infinity where nothing limits it
-    """Read the CPU quota of this process's control group, of either version."""
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        try:
-            quota, period = " ".join((root / name).read_text() for name in names).split()
-        except (OSError, ValueError):
-            continue
-        return int(quota) / int(period) if quota.isdigit() else math.inf  # "max" or -1
-    return math.inf
-
-# %% ../nbs/03a_sessions.ipynb #e19aa51d
-def cores() -> int:  # at least 1
-    """Return how many CPU cores this process may use."""
-    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(seen, math.ceil(min(cpu_quota(), seen))))
 
 # %% ../nbs/03a_sessions.ipynb #b13001fc
 Asked = tuple[np.ndarray, "Future[list[np.ndarray]]"]  # pictures, and where their part of the outputs goes
