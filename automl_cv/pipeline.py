@@ -177,7 +177,7 @@ def plan_train(
     chosen |= {"augmentation": "cutmix"} if mixed else {}
     if not request.seconds:
         return chosen
-    epochs = request.epochs or 2 * plan.epochs  # the time ends it; a machine that was busy gets faster
+    epochs = request.epochs or max(4, 2 * plan.epochs)  # the time ends it; a busy machine gets faster
     return chosen | {"epochs": epochs, "seconds": round(max(0.1, left), 1)}
 
 # %% ../nbs/07_pipeline.ipynb #60c13b38
