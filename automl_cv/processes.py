@@ -82,7 +82,7 @@ class _Worker:
                 self.process.communicate()
 
 # %% ../nbs/00bb_processes.ipynb #88a78ac5
-MANY = 1000  # calls that pay for the start of processes, which takes them a quarter of a second
+MANY = 1000  # pictures that pay for the start of processes, which takes a quarter of a second
 
 
 def here(
@@ -95,7 +95,8 @@ def here(
 # %% ../nbs/00bb_processes.ipynb #dce10112
 @contextmanager
 def spread(
-    count: int,  # how many calls there will be, of about a millisecond each or more
+    pictures: int,  # that there are, at about a millisecond each or more
+    threads: int,  # that will call; where they are more than the cores, they wait for a network
 ) -> Iterator[Callable[..., Any]]:  # calls a function of this package with arguments that can be pickled
     """Let each thread call functions in a process of its own, where the calls pay for its start."""
     workers, own = [], threading.local()
@@ -107,7 +108,7 @@ def spread(
         return own.worker.call(work, *given)
 
     try:
-        yield call if count >= MANY and cores() > 1 else here
+        yield call if pictures >= MANY and 1 < threads <= cores() else here
     finally:
         for worker in workers:
             worker.end()

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .core import AutomlError, check_stop, home, track
 from .facts import FACTS, NUMBERS, TEXTS, look
-from .items import CORES, SUFFIXES, Item, Source
+from .items import SUFFIXES, Item, Source
 from .pixels import DATASET
 from .processes import here, spread
 
@@ -108,7 +108,7 @@ def read_all(
     todo = [item for item in source.items
             if item.status != "ignored" and (not item.stamp or seen.get(item.name, ("",))[0] != item.stamp)]
     pool = ThreadPoolExecutor(source.readers)
-    with spread(len(todo) if source.readers <= CORES else 0) as call:  # a network's readers wait for it
+    with spread(len(todo), source.readers) as call:
         try:
             results = _windowed(lambda item: pool.submit(examine, item, call), todo, 4 * source.readers)
             for item, future in track(results, "reading pictures", len(todo)):

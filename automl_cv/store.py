@@ -123,7 +123,7 @@ def _write_block(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy,
 # %% ../nbs/00m_store.ipynb #4a03b342
 def _write_blocks(folder: Path, jobs: Iterator[tuple[Item, str]], policy: Policy,
                   threads: int, count: int) -> Iterator[Block]:
-    with spread(count) as call, ThreadPoolExecutor(threads) as pool:
+    with spread(count, threads) as call, ThreadPoolExecutor(threads) as pool:
         running = {pool.submit(_write_block, folder, jobs, policy, call) for _ in range(threads)}
         try:
             while running:
@@ -145,8 +145,7 @@ def _decode(source: str, missing: dict[str, str], folder: Path, policy: Policy) 
     if gone:
         raise AutomlError("source_changed", f"{gone[0]} is gone from the source.", REMEDY)
     jobs = iter([(items[name], sha256) for sha256, name in missing.items()])
-    threads = max(CORES, opened.readers)
-    blocks = _write_blocks(folder, jobs, policy, threads, len(missing) if threads == CORES else 0)
+    blocks = _write_blocks(folder, jobs, policy, max(CORES, opened.readers), len(missing))
     places = ((name.decode(), (block, row)) for block in blocks
               for row, name in enumerate(block.records["sha256"].tolist()))
     return dict(track(places, "decoding pictures", len(missing)))
