@@ -23,8 +23,8 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .bodies import STRIDE
-from .core import AutomlError
 from .life import GRACE_SECONDS, LEAVE_SECONDS, SPEAK_SECONDS
+from .loading import is_loading
 
 # %% ../nbs/05dda_leave.ipynb #775e05c2
 async def last_ones(
@@ -195,33 +195,21 @@ class Server(Door):
             await asyncio.sleep(0.05)
         await super().shutdown(sockets)
 
-# %% ../nbs/05dda_leave.ipynb #cb5c8ecb
-def _check_address(host: str, port: int) -> None:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as door:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.bind(address)
-    except OSError as error:
-        raise AutomlError("wrong_parameter_type", f"The service cannot listen at {host}, port {port}: "
-                          f"{error.strerror}.", "Choose another address or port.") from None
-
 # %% ../nbs/05dda_leave.ipynb #4f2f92ea
 def listen(
     app: Starlette,  # its state has `leaving`
     host: str,  # address to listen on
     port: int,  # TCP port, 1 to 65535
 ) -> None:
-    """Serve an application until SIGTERM or Ctrl-C. Raises AutomlError wrong_parameter_type.
+    """Serve an application until SIGTERM or Ctrl-C.
 
     The journal writes a line for each request, so uvicorn's stay off.
     """
-    _check_address(host, port)
     config = uvicorn.Config(app, host=host, port=port, loop="asyncio", http=Guest, access_log=False,
                             server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
                             timeout_keep_alive=IDLE_SECONDS, backlog=1, ws="none")
     Server(config, app.state).run()
     pool = getattr(app.state, "pool", None)  # none where it never began
-    if pool and pool.depth:  # a job that nobody waits for any more would keep the process
+    if pool and pool.depth or is_loading():  # a thread that nobody waits for any more
         sys.stdout.flush()
         os._exit(0)

@@ -68,7 +68,7 @@ async def _watch(app: Starlette, seconds: float, seen: tuple[tuple[str | int, ..
 # %% ../nbs/05dd_life.ipynb #8be58ad6
 @contextmanager
 def _swap_on_hangup(app: Starlette) -> Iterator[None]:
-    loop, jobs = asyncio.get_running_loop(), set()
+    loop, jobs, before = asyncio.get_running_loop(), set(), signal.getsignal(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():  # a test's; signals belong to the main one
         yield
         return
@@ -84,6 +84,7 @@ def _swap_on_hangup(app: Starlette) -> Iterator[None]:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)  # which is no end of the process where it was noted already
 
 # %% ../nbs/05dd_life.ipynb #485932c5
 def count_workers(

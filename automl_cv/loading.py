@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'HANGUPS', 'LARGE', 'read_number', 'note_hangups', 'open_streams', 'load', 'default_bundle', 'stamp',
-           'trim_memory', 'return_large', 'is_address', 'Loading', 'begin_loading']
+           'trim_memory', 'return_large', 'is_address', 'Loading', 'begin_loading', 'is_loading']
 
 # %% ../nbs/04ea_loading.ipynb #52ccffae
 import ctypes
@@ -140,5 +140,10 @@ def begin_loading(
         except Exception as error:  # whoever waits has to hear of it
             found.set_exception(error)
     begun = Loading(where, stamp(where), found)
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, name="load", daemon=True).start()
     return begun
+
+
+def is_loading() -> bool:
+    """Tell whether a bundle is being loaded in this process."""
+    return any(thread.name == "load" for thread in threading.enumerate())

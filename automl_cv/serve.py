@@ -94,6 +94,17 @@ def _port() -> int:
         raise AutomlError("wrong_parameter_type", f"PORT is {text!r}.", "Give a number from 1 to 65535.")
     return int(text)
 
+# %% ../nbs/06_serve.ipynb #7d2c9a41
+def _check_address(host: str, port: int) -> None:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(address)
+    except OSError as error:
+        raise AutomlError("wrong_parameter_type", f"The service cannot listen at {host}, port {port}: "
+                          f"{error.strerror}.", "Choose another address or port.") from None
+
 # %% ../nbs/06_serve.ipynb #85160cfc
 def serve(
     bundle: str = "",  # a folder or an address; empty means AUTOML_CV_MODEL, or the demo run's
@@ -103,6 +114,7 @@ def serve(
     """Serve a bundle until SIGTERM or Ctrl-C. Raises AutomlError wrong_parameter_type."""
     host = host or os.environ.get("HOST") or "127.0.0.1"
     served, port = create_app(bundle) if bundle else app, port or _port()
+    _check_address(host, port)
     served.state.begun = served.state.begun or begin_loading(bundle)
     from automl_cv.leave import listen
     gc.freeze()
