@@ -19,9 +19,6 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.tree import DecisionTreeClassifier
-
 from .items import SPLITS, split_labels
 
 # %% ../nbs/00j_audit.ipynb #3f67a826
@@ -272,6 +269,9 @@ def _clues(rows: pd.DataFrame) -> dict[str, np.ndarray]:
 
 # %% ../nbs/00j_audit.ipynb #52757b07
 def _give_away(clue: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict  # takes a second to import
+    from sklearn.tree import DecisionTreeClassifier
+
     classes = np.unique(labels)
     tree = DecisionTreeClassifier(max_leaf_nodes=4 * len(classes), min_samples_leaf=3,
                                   class_weight="balanced", random_state=0)

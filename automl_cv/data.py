@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from . import core
 from .audit import Finding, audit, judged
-from .copies import FIXES, mark_twins, set_copies_aside, settle_twins
 from .core import (AutomlError, Run, atomic_path, hash_bytes, hash_file, look_up, now, open_run,
                             say)
 from .fixes import (apply_fixes, apply_review, findings_table, read_kinds, read_review,
@@ -27,7 +27,6 @@ from .items import Source, split_labels
 from .remote import is_address
 from .scan import scan
 from .sources import TABLES, open_source
-from .splits import assign_folds, split_rows
 from .tasks import TASKS
 
 # %% ../nbs/01_data.ipynb #c27b94ea
@@ -154,6 +153,7 @@ def decide(
     review: str,  # the path of a review.csv, or ""
 ) -> tuple[pd.DataFrame, list[Finding], int]:  # with `twin`; the findings; pictures moved to one side
     """Apply decisions and find what is left to decide. Raises AutomlError unknown_parameter."""
+    from automl_cv.copies import FIXES, mark_twins, set_copies_aside, settle_twins  # with half of SciPy
     kinds = read_kinds(fix)
     manifest = set_copies_aside(manifest, kinds)
     if review:
@@ -217,8 +217,35 @@ def write_results(
 
         write_report(run.path / "report.html", source.by_name(), manifest, findings, summary)
     counts = dict(Counter(finding.kind for finding in findings))
-    run.write("data", summary | {"findings": counts, "shown": shown,
+    run.write("data", summary | {"findings": counts, "shown": shown, "inputs": "",
                                  "review": [table.name, hash_file(table)]})
+
+# %% ../nbs/01_data.ipynb #3c1d77a1
+def _hash_inputs(scanned: pd.DataFrame, source: Source, review: str, asked: tuple[Any, ...]) -> str:
+    given = Path(review).read_bytes() if Path(review).is_file() else b""
+    code = [(path.name, path.stat().st_mtime_ns) for path in sorted(Path(core.__file__).parent.glob("*.py"))]
+    rest = source.url, source.task, source.warnings, source.bad_rows, asked, code
+    return hash_bytes(scanned.drop(columns="thumb").to_parquet() + given + repr(rest).encode())
+
+
+def _stands(run: Run, inputs: str) -> bool:  # what an earlier call wrote, and nobody has changed it
+    known = run.read("data", {})
+    if known.get("inputs") != inputs or not (run.path / "report.html").exists():
+        return False
+    table, written = known["review"]
+    paths = [run.path / name for name in ("manifest.parquet", "findings.json", table)]
+    return all(path.exists() for path in paths) and [*map(hash_file, paths)] == [*known["shown"], written]
+
+# %% ../nbs/01_data.ipynb #3c1d77a2
+def _decide_all(run: Run, source: Source, scanned: pd.DataFrame, fix: str, review: str,
+                validation: float, test: float, seed: int) -> None:
+    from automl_cv.splits import assign_folds, split_rows
+    manifest, findings, moved = decide(scanned, source, fix, review)
+    classes = list_classes(manifest, source.task)
+    manifest = split_rows(manifest, validation, test, source.task, seed)
+    manifest["fold"] = assign_folds(manifest, task=source.task, seed=seed)
+    summary = summarise(source, manifest, classes, moved)
+    write_results(run, source, manifest.drop(columns="thumb"), findings, summary, review)
 
 # %% ../nbs/01_data.ipynb #8b10af00
 def run_step(
@@ -239,15 +266,14 @@ def run_step(
         say(f"WARNING: {line}")
     if metric:
         look_up(dict.fromkeys(TASKS[opened.task].metrics), metric, "metric")
-    manifest, findings, moved = decide(scan(opened), opened, fix, review)
-    classes = list_classes(manifest, opened.task)
-    manifest = split_rows(manifest, validation, test, opened.task, seed)
-    manifest["fold"] = assign_folds(manifest, task=opened.task, seed=seed)
-    summary = summarise(opened, manifest, classes, moved)
-    write_results(run, opened, manifest.drop(columns="thumb"), findings, summary, review)
-    for finding in findings:
-        if finding.severity == "error":
-            say(f"WARNING: {finding.detail}")
+    scanned = scan(opened)
+    inputs = _hash_inputs(scanned, opened, review, (fix, validation, test, seed))
+    if not _stands(run, inputs):
+        _decide_all(run, opened, scanned, fix, review, validation, test, seed)
+        run.write("data", run.read("data") | {"inputs": inputs})
+    for finding in run.read("findings"):
+        if finding["severity"] == "error":
+            say(f"WARNING: {finding['detail']}")
     return run.read("data")
 
 # %% ../nbs/01_data.ipynb #75ad11ec
