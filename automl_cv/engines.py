@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .core import hash_bytes, home, read_json, write_json
 from .cost import light_batch, pictures_per_second, trial_pictures
-from .machine import has_bfloat16
+from .machine import has_bfloat16, keep_memory
 from .models import Classifier
 from .zoo import find_backbone
 
@@ -77,6 +77,7 @@ def _onnx_extractor(model: Classifier, size: int) -> Extractor:
 def _torch_extractor(model: Classifier, bfloat16: bool) -> Extractor:
     model.eval()
     device = model.head.weight.device
+    keep_memory()
 
     @torch.inference_mode()
     def extract(images: np.ndarray) -> np.ndarray:

@@ -54,9 +54,10 @@ def _serve() -> None:
 # %% ../nbs/00bb_processes.ipynb #e986b9d8
 def _start() -> subprocess.Popen:
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    memory = {"MALLOC_MMAP_THRESHOLD_": str(2**22), "MALLOC_TRIM_THRESHOLD_": str(2**24)}  # bytes, mallopt(3)
     return subprocess.Popen([sys.executable, "-P", "-c", "from automl_cv.processes import _serve; _serve()"],
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            env=os.environ | threads)
+                            env=os.environ | threads | memory)
 
 # %% ../nbs/00bb_processes.ipynb #0e6eb630
 class _Worker:
