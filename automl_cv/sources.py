@@ -9,7 +9,6 @@ __all__ = ['DEMO_SIZE', 'SETS', 'TABLES', 'OPENERS', 'COLUMNS', 'open_demo', 'op
 # %% ../nbs/00h_sources.ipynb #c33e4ab7
 import io
 import os
-import posixpath
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,9 +25,8 @@ from .core import AutomlError, atomic_folder, home, is_system
 from .elements import draw_elements, name_elements
 from .items import (CORES, SEPARATOR, SPLITS, SUFFIXES, Item, Source, clean_label, lay_out,
                              open_folder)
-from .parts import find_parts, label_parts
+from .parts import find_tables, label_parts
 from .remote import READERS, fetch_file, is_address, is_object, open_objects, open_remote
-from .rows import Table, read_table
 from .scenes import CLASSES, draw_scene
 from .shards import find_pictures, open_shards
 from .tables import Labelled, find_table, open_frame, open_table
@@ -137,32 +135,15 @@ def open_torchvision(
                           f"The network is needed once. Or put the files below {root} yourself.") from None
     return [item for dataset, part in sets for item in _list_set(dataset, part, root)]
 
-# %% ../nbs/00h_sources.ipynb #51fb02bb
-def _read(table: Item) -> Table:
-    try:
-        return read_table(table.read(), posixpath.splitext(table.name)[1])
-    except OSError:
-        raise AutomlError("source_not_found", f"{table.name} cannot be read.", "Check who may.") from None
-
-
-def _apply_tables(url: str, items: list[Item], tables: dict[str, Item], label: str, group: str,
-                  **facts: Any) -> Source:
-    names = {table.name for table in tables.values()}
-    rest, rows = [item for item in items if item.name not in names], {f: _read(t) for f, t in tables.items()}
-    return _from_labelled(url, label_parts(rest, rows, label, group), **facts)
-
 # %% ../nbs/00h_sources.ipynb #0a123ca9
 def _from_labelled(url: str, found: Labelled, warnings: tuple[str, ...] = (), readers: int = CORES) -> Source:
     return Source(url, found.items, found.task, (*warnings, *found.warnings), found.bad_rows, readers)
 
 # %% ../nbs/00h_sources.ipynb #a5e79ca7
 def _sort_out(url: str, items: list[Item], label: str, group: str, **facts: Any) -> Source:
-    table, placed = find_table(items), lay_out(items)
-    tells = len({item.label for item in placed} - {None}) > 1
-    tables = {posixpath.dirname(table.name): table} if table else {} if tells else find_parts(items)
-    if tables:
-        return _apply_tables(url, items, tables, label, group, **facts)
-    return Source(url, placed, **facts)
+    if tables := find_tables(items):
+        return _from_labelled(url, label_parts(items, tables, label, group), **facts)
+    return Source(url, lay_out(items), **facts)
 
 # %% ../nbs/00h_sources.ipynb #e22449f7
 def list_empty(
@@ -200,7 +181,7 @@ def _open_remote(url: str, label: str, group: str) -> Source:
     folder, name = url.rsplit("/", 1)
     items = open_remote(folder)
     table = next(item for item in items if item.name == name)
-    return _apply_tables(url, items, {"": table}, label, group, readers=READERS)
+    return _from_labelled(url, label_parts(items, {"": table}, label, group), readers=READERS)
 
 # %% ../nbs/00h_sources.ipynb #84fe1d14
 def _warn_of_links(items: list[Item]) -> Iterator[str]:
