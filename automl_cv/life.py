@@ -84,7 +84,7 @@ def _swap_on_hangup(app: Starlette) -> Iterator[None]:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
-        signal.signal(signal.SIGHUP, before)  # which is no end of the process where it was noted already
+        signal.signal(signal.SIGHUP, before or signal.SIG_DFL)  # which may be to note it
 
 # %% ../nbs/05dd_life.ipynb #485932c5
 def count_workers(

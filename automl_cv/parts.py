@@ -38,9 +38,9 @@ def find_tables(
     splits = {folder: SPLITS.get(posixpath.basename(folder).lower()) for folder in tables}
     if "train" in splits.values():
         return {folder: table for folder, table in tables.items() if splits[folder]}
-    paths = telling_paths(items)
-    return {folder: table for folder, table in tables.items() if folder == "" or all(
-        "/".join(path).startswith(f"{folder}/") for path in paths)}
+    names = ["/".join(path) for path in telling_paths(items)]
+    above = [f for f in tables if not f or all(name.startswith(f"{f}/") for name in names)]
+    return {folder: tables[folder] for folder in sorted(above, key=len)[:1]}
 
 # %% ../nbs/00ec_parts.ipynb #11f3106c
 def _read(table: Item) -> Table:
@@ -66,7 +66,9 @@ def label_parts(
         part = label_items([item for item in items if item.name.startswith(f"{folder}/")],
                            table, label, group, folder)
         split = SPLITS[posixpath.basename(folder).lower()]
-        named |= {item.name: replace(item, split=item.split or split) for item in part.items}
+        told = [item for item in part.items if item.label is not None]
+        named |= {item.name: item for item in part.items}
+        named |= {item.name: replace(item, split=item.split or split) for item in told}
         warnings += [f"{folder}: {line}" for line in part.warnings]
         tasks.add(part.task)
         for reason, lines in part.bad_rows.items():
