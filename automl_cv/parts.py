@@ -25,7 +25,7 @@ def _list_tables(items: list[Item]) -> Iterator[tuple[str, Item]]:  # folder, ta
     for item in sorted(tables, key=lambda item: -rank[posixpath.basename(item.name).lower()]):
         yield posixpath.dirname(item.name), item
 
-
+# %% ../nbs/00ec_parts.ipynb #40bd90ab
 def find_tables(
     items: list[Item],  # all files of a folder or an archive
 ) -> dict[str, Item]:  # by their folders: one above all pictures, or one for each split; or empty
@@ -49,7 +49,14 @@ def _read(table: Item) -> Table:
     except OSError:
         raise AutomlError("source_not_found", f"{table.name} cannot be read.", "Check who may.") from None
 
+# %% ../nbs/00ec_parts.ipynb #11f31aa1
+def _label_part(items: list[Item], folder: str, table: Table, label: str, group: str) -> Labelled:
+    inside = [item for item in items if item.name.startswith(f"{folder}/")]
+    part, split = label_items(inside, table, label, group, folder), SPLITS[posixpath.basename(folder).lower()]
+    placed = [item if item.label is None else replace(item, split=item.split or split) for item in part.items]
+    return replace(part, items=placed, warnings=tuple(f"{folder}: {line}" for line in part.warnings))
 
+# %% ../nbs/00ec_parts.ipynb #11f31aa3
 def label_parts(
     items: list[Item],  # files of a source
     tables: dict[str, Item],  # some of them, by their folders, at least one
@@ -61,17 +68,9 @@ def label_parts(
     items = [item for item in items if item.name not in own]
     if len(tables) == 1:
         return label_items(items, *rows.values(), label, group, *rows)
-    named, warnings, bad, tasks = {}, [], {}, set()
-    for folder, table in rows.items():
-        part = label_items([item for item in items if item.name.startswith(f"{folder}/")],
-                           table, label, group, folder)
-        split = SPLITS[posixpath.basename(folder).lower()]
-        told = [item for item in part.items if item.label is not None]
-        named |= {item.name: item for item in part.items}
-        named |= {item.name: replace(item, split=item.split or split) for item in told}
-        warnings += [f"{folder}: {line}" for line in part.warnings]
-        tasks.add(part.task)
-        for reason, lines in part.bad_rows.items():
-            bad.setdefault(reason, []).extend(lines)
-    found = [named.get(item.name, item) for item in items]
-    return Labelled(found, max(tasks), bad, tuple(warnings))  # "multilabel" where one table has several
+    parts, bad = [_label_part(items, folder, table, label, group) for folder, table in rows.items()], {}
+    for reason, lines in (pair for part in parts for pair in part.bad_rows.items()):
+        bad.setdefault(reason, []).extend(lines)
+    named = {item.name: item for part in parts for item in part.items}
+    return Labelled([named.get(item.name, item) for item in items], max(part.task for part in parts), bad,
+                    tuple(line for part in parts for line in part.warnings))
