@@ -103,7 +103,7 @@ def run(
     data: Data,
     out: Out = None,
     preset: Annotated[str, typer.Option(help="How thorough: quick, balanced or best.")] = "balanced",
-    time_: Annotated[str, typer.Option("--time", help="Budget, like 90s, 30m or none; 5 means minutes.")] = "",
+    time_: Annotated[str, typer.Option("--time", help="Budget, like 90s, 30m or none; 5 is minutes.")] = "",
     backbone: Annotated[str, typer.Option(help="A network of the zoo; auto lets them race.")] = "auto",
     size: Annotated[int, typer.Option(help="Side of the network's input, pixels; 0 chooses.", min=0)] = 0,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start without pretrained weights.")] = False,

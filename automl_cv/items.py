@@ -8,6 +8,7 @@ __all__ = ['CORES', 'SEPARATOR', 'SPLITS', 'SUFFIXES', 'REMEDY', 'Item', 'Source
 
 # %% ../nbs/00c_items.ipynb #ef2f282a
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -100,20 +101,27 @@ def _unwrap(paths: list[list[str]]) -> int:
     return depth
 
 # %% ../nbs/00c_items.ipynb #e9e3d2a9
-def _splits_at(paths: list[list[str]], depth: int) -> bool:
-    tops = {SPLITS.get(path[depth].lower(), "") for path in paths if len(path) > depth + 1}
-    return "train" in tops and ("" not in tops or not tops.isdisjoint({"validation", "test"}))
+def _splits_at(paths: list[list[str]], depth: int) -> dict[str, str]:  # by folder; empty: these are no splits
+    tops = sorted({path[depth].lower() for path in paths if len(path) > depth + 1})
+    stem = re.match(r"(.*[-_. ])?", os.path.commonprefix(tops))[0]
+    splits = {top: SPLITS.get(top, "") for top in tops}
+    short = {top: SPLITS.get(top.removeprefix(stem), "") for top in tops}
+    if "" not in short.values() and len(set(short.values())) > 1:
+        splits = short
+    kinds = set(splits.values())
+    found = "train" in kinds and ("" not in kinds or not kinds.isdisjoint({"validation", "test"}))
+    return splits if found else {}
 
 # %% ../nbs/00c_items.ipynb #b52982aa
-def _place(path: list[str], wrapper: list[str], has_splits: bool) -> tuple[str | None, str]:
+def _place(path: list[str], wrapper: list[str], splits: dict[str, str]) -> tuple[str | None, str]:
     rest, split = path[len(wrapper):], ""
     if path[:len(wrapper)] != wrapper or len(rest) < 2:
         return None, ""
-    if has_splits:
+    if splits:
         top = rest[0].lower()
-        split = SPLITS.get(top, "")
+        split = splits.get(top) or SPLITS.get(top, "")
         rest = rest[2:] if len(rest) > 2 and rest[1].lower() == top else rest[1:]
-    has_label = len(rest) > 1 and split != "unlabelled" and bool(split) == has_splits
+    has_label = len(rest) > 1 and split != "unlabelled" and bool(split) == bool(splits)
     return clean_label(rest[0]) or None if has_label else None, split
 
 # %% ../nbs/00c_items.ipynb #04e67490
@@ -123,12 +131,12 @@ def lay_out(
     """Read labels and splits from paths. What lies outside any class folder keeps no label."""
     paths = telling_paths(items)
     depth = _unwrap(paths)
-    has_splits = _splits_at(paths, depth) if paths else False
-    if not has_splits and depth and _splits_at(paths, depth - 1):
-        depth, has_splits = depth - 1, True
+    splits = _splits_at(paths, depth)
+    if not splits and depth and (above := _splits_at(paths, depth - 1)):
+        depth, splits = depth - 1, above
     placed, wrapper = [], paths[0][:depth] if paths else []
     for item in items:
-        label, split = (None, "") if item.status else _place(item.name.split("/"), wrapper, has_splits)
+        label, split = (None, "") if item.status else _place(item.name.split("/"), wrapper, splits)
         placed.append(replace(item, label=label, split=split))
     return placed
 
