@@ -9,6 +9,7 @@ __all__ = ['NAMES', 'natural_key', 'list_classes', 'fingerprint', 'read_manifest
 # %% ../nbs/01_data.ipynb #922e470d
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -222,7 +223,9 @@ def write_results(
 
 # %% ../nbs/01_data.ipynb #3c1d77a1
 def _hash_inputs(scanned: pd.DataFrame, source: Source, review: str, asked: tuple[Any, ...]) -> str:
-    given = Path(review).read_bytes() if Path(review).is_file() else b""
+    given = b""
+    with suppress(OSError):  # which is told where the review is read
+        given = Path(review).read_bytes()
     code = [(path.name, path.stat().st_mtime_ns) for path in sorted(Path(core.__file__).parent.glob("*.py"))]
     rest = source.url, source.task, source.warnings, source.bad_rows, asked, code
     return hash_bytes(scanned.drop(columns="thumb").to_parquet() + given + repr(rest).encode())

@@ -8,6 +8,7 @@ __all__ = ['NAMES', 'find_tables', 'label_parts']
 # %% ../nbs/00ec_parts.ipynb #080d3a47
 import posixpath
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from .core import AutomlError
@@ -32,9 +33,9 @@ def find_tables(
     """Find the tables that say more about labels than folders do."""
     if table := find_table(items):
         return {posixpath.dirname(table.name): table}
-    if len({item.label for item in lay_out(items)} - {None}) > 1:
-        return {}
     tables = dict(_list_tables(items))
+    if not tables or len({item.label for item in lay_out(items)} - {None}) > 1:
+        return {}
     splits = {folder: SPLITS.get(posixpath.basename(folder).lower()) for folder in tables}
     if "train" in splits.values():
         return {folder: table for folder, table in tables.items() if splits[folder]}
@@ -49,10 +50,35 @@ def _read(table: Item) -> Table:
     except OSError:
         raise AutomlError("source_not_found", f"{table.name} cannot be read.", "Check who may.") from None
 
+# %% ../nbs/00ec_parts.ipynb #11f31ab0
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except AutomlError as error:
+        raise AutomlError(error.code, f"{name}: {error.detail}", error.hint) from None
+
+# %% ../nbs/00ec_parts.ipynb #11f31ab1
+def _read_alike(tables: dict[str, Item]) -> dict[str, Table]:
+    rows = {}
+    for folder, table in tables.items():
+        with _naming(table.name):
+            rows[folder] = _read(table)
+    rows = {folder: table for folder, table in rows.items() if table.lines} or rows
+    first, *others = rows
+    for folder in others:
+        if set(rows[folder].columns) != set(rows[first].columns):
+            names = tables[folder].name, tables[first].name
+            raise AutomlError("bad_table", "{} has other columns than {}.".format(*names),
+                              "Give them the same header.")
+    return rows
+
 # %% ../nbs/00ec_parts.ipynb #11f31aa1
 def _label_part(items: list[Item], folder: str, table: Table, label: str, group: str) -> Labelled:
     inside = [item for item in items if item.name.startswith(f"{folder}/")]
-    part, split = label_items(inside, table, label, group, folder), SPLITS[posixpath.basename(folder).lower()]
+    with _naming(folder):
+        part = label_items(inside, table, label, group, folder)
+    split = SPLITS[posixpath.basename(folder).lower()]
     placed = [item if item.label is None else replace(item, split=item.split or split) for item in part.items]
     return replace(part, items=placed, warnings=tuple(f"{folder}: {line}" for line in part.warnings))
 
@@ -64,11 +90,11 @@ def label_parts(
     group: str = "",  # the column that says whose picture it is, as in `label_items`
 ) -> Labelled:  # without the tables; bad rows are those of all of them
     """Give files the labels of one or several tables. Raises AutomlError bad_table, no_usable_image."""
-    own, rows = {table.name for table in tables.values()}, {f: _read(table) for f, table in tables.items()}
+    own, bad = {table.name for table in tables.values()}, {}
     items = [item for item in items if item.name not in own]
     if len(tables) == 1:
-        return label_items(items, *rows.values(), label, group, *rows)
-    parts, bad = [_label_part(items, folder, table, label, group) for folder, table in rows.items()], {}
+        return label_items(items, *map(_read, tables.values()), label, group, *tables)
+    parts = [_label_part(items, folder, table, label, group) for folder, table in _read_alike(tables).items()]
     for reason, lines in (pair for part in parts for pair in part.bad_rows.items()):
         bad.setdefault(reason, []).extend(lines)
     named = {item.name: item for part in parts for item in part.items}
