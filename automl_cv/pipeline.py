@@ -192,10 +192,11 @@ def show_plan(
         fate = row["reason"] or f"{row['expected']:.1%} expected after {epochs} of {row['scope']}"
         say(f"  {row['name']:22} {row['score']:.1%} on {row['pictures']} pictures, "
             f"answers {row['forward']:.0f}/s, trains {row['train']:.0f}/s: {fate}")
-    time_ = f" in {plan.search_seconds:.0f} s" if plan.search_seconds else ""
-    search = f"{plan.trials} trials{time_}" if plan.trials else "no search"
-    say(f"  plan: {plan.backbone} at {plan.size}, {search}, then {plan.epochs} epochs of "
-        f"{'the whole network' if plan.scope == 'all' else 'its ' + plan.scope}; {plan.why}")
+    limit = f" in {plan.search_seconds:.0f} s" if plan.search_seconds else ""
+    search = f"{plan.trials} trials{limit}" if plan.trials else "no search"
+    part = {"last": "its last stage", "all": "the whole network"}.get(plan.scope)
+    training = f"then {plan.epochs} epochs of {part}" if part else "no training"
+    say(f"  plan: {plan.backbone} at {plan.size}, {search}, {training}; {plan.why}")
     run.write("plan", asdict(plan) | {"entrants": table})
 
 # %% ../nbs/07_pipeline.ipynb #b96d94d9

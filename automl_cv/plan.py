@@ -130,6 +130,8 @@ def affordable(
     pretrained: bool = True,  # from scratch, only the whole network is worth training
 ) -> tuple[str, float]:  # "head", "last" or "all"; epochs of that
     """Choose what is trained of a network in some time: what is expected to leave the least error."""
+    if not seconds:
+        return "head", 0.0
     speeds = {"head": 0.0, "last": entrant.forward / 1.6} if pretrained else {}
     epochs = {scope: seconds * speed / pictures if speed else 0.0
               for scope, speed in (speeds | {"all": entrant.train}).items()}
