@@ -8,7 +8,9 @@ __all__ = ['DISK', 'SQLITE', 'CLOSED_PIPE', 'command', 'told', 'find_bundle', 'p
 
 # %% ../nbs/06b_commands.ipynb #2268e2df
 import argparse
+import atexit
 import errno
+import gc
 import os
 import re
 import shlex
@@ -189,6 +191,8 @@ def run_light(
 def main() -> None:
     """Run the command line: all of it where Typer is installed, else the two commands."""
     open_streams()
+    gc.set_threshold(10_000)  # a run imports half a million objects, which stay
+    atexit.register(gc.freeze)  # nor are they looked through at the end
     if not find_spec("typer"):
         return run_light(sys.argv[1:])
     with told():
