@@ -23,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .clouds import NAMES, check_cells, is_row, name_cells, plain_row
 from .core import AutomlError
 from .items import SEPARATOR
 
@@ -95,6 +96,14 @@ def _find_delimiter(header: str) -> str:
 # %% ../nbs/00da_rows.ipynb #6b9ab9b7
 SEP = re.compile(r"sep=.\s*", re.I)
 
+
+def _without_header(records: list[tuple[int, list[str] | None]], bad: dict[str, list[int]]) -> Table:
+    check_cells(records[0][1])
+    bad |= {"unreadable_row": lines} if (lines := [line for line, cells in records if cells is None]) else {}
+    rows = [(line, *name_cells(cells)) for line, cells in records if cells]
+    lines, *columns = map(list, zip(*rows))
+    return Table(dict(zip(NAMES, columns)), lines, bad)
+
 # %% ../nbs/00da_rows.ipynb #73d13a6d
 def _read_text(data: bytes) -> Table:
     bad: dict[str, list[int]] = {}
@@ -104,6 +113,8 @@ def _read_text(data: bytes) -> Table:
     delimiter = _find_delimiter(next((line for line in lines if line.strip()), ""))
     records = [(line, cells) for line, cells in _records(lines, delimiter) if cells is None or any(cells)]
     names = [name.strip() for name in (records[0][1] or [])] if records else []
+    if is_row(names):
+        return _without_header(records, bad)
     if not any(names) or any(line < records[0][0] for line in bad.get("line_too_long", [])):
         raise AutomlError("bad_table", "The table has no header.",
                           "Begin it with a line like file,label.")
@@ -132,7 +143,7 @@ def _read_jsonl(data: bytes) -> Table:
     rows, lines = [], []
     for number, line in enumerate(_lines(data, bad), 1):
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = plain_row(json.loads(line)) if line.strip() else {}
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
@@ -184,12 +195,13 @@ def read_columns(
 # %% ../nbs/00da_rows.ipynb #5358dd7f
 _READERS: dict[str, Callable[[bytes], Table]] = {
     ".csv": _read_text, ".tsv": _read_text, ".txt": _read_text,
-    ".jsonl": _read_jsonl, ".parquet": lambda data: read_columns(io.BytesIO(data), alone=True)}
+    ".jsonl": _read_jsonl, ".manifest": _read_jsonl,
+    ".parquet": lambda data: read_columns(io.BytesIO(data), alone=True)}
 
 # %% ../nbs/00da_rows.ipynb #63adc25e
 def read_table(
     data: bytes,  # the content of a file
-    suffix: str,  # of its name: .csv, .tsv, .txt, .jsonl or .parquet
+    suffix: str,  # of its name: .csv, .tsv, .txt, .jsonl, .manifest or .parquet
 ) -> Table:
     """Read a table as text. Raises AutomlError bad_table, file_too_large."""
     if suffix.lower() not in _READERS:

@@ -29,7 +29,8 @@ from .parts import find_tables, label_parts
 from .remote import READERS, fetch_file, is_address, is_object, open_objects, open_remote
 from .scenes import CLASSES, draw_scene
 from .shards import find_pictures, open_shards
-from .tables import Labelled, find_table, open_frame, open_table
+from .rows import read_table
+from .tables import Labelled, find_table, label_items, open_frame, open_table
 
 # %% ../nbs/00h_sources.ipynb #26503a75
 DEMO_SIZE = 96  # side of a drawn picture, pixels
@@ -158,7 +159,8 @@ def list_empty(
     return sorted(name for name in names if name != "." and not is_system(name))
 
 # %% ../nbs/00h_sources.ipynb #346dc036
-TABLES = (".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".json", ".xls", ".xlsx")  # of some, to refuse them
+TABLES = (".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".manifest",
+          ".json", ".xls", ".xlsx")  # the last ones to refuse them
 
 # %% ../nbs/00h_sources.ipynb #00467fe3
 def _open_demo(url: str, label: str, group: str) -> Source:
@@ -173,15 +175,24 @@ def _open_torchvision(url: str, label: str, group: str) -> Source:
     return Source(url, open_torchvision(url.partition(":")[2]))
 
 # %% ../nbs/00h_sources.ipynb #ec359f7f
+def _label_objects(url: str, label: str, group: str) -> Labelled:
+    if not (found := open_objects([url])):
+        raise AutomlError("source_not_found", f"There is no object {url!r}.", "Check its spelling.")
+    folder, name = url.rsplit("/", 1)
+    table = read_table(found[0].read(), os.path.splitext(name)[1])
+    cells = dict.fromkeys(cell.strip() for column in table.columns.values() for cell in column)
+    if named := [cell for cell in cells if cell.startswith(f"{url.split('://')[0]}://")]:
+        return label_items(open_objects(named), table, label, group)
+    items = [item for item in open_remote(folder) if item.name != name]
+    return label_items(items, table, label, group)
+
+
 def _open_remote(url: str, label: str, group: str) -> Source:
     if not is_object(url):
         return _sort_out(url, open_remote(url), label, group, readers=READERS)
     if not url.lower().endswith(TABLES):
         return replace(_open_archive(str(fetch_file(url)), label, group), url=url)
-    folder, name = url.rsplit("/", 1)
-    items = open_remote(folder)
-    table = next(item for item in items if item.name == name)
-    return _from_labelled(url, label_parts(items, {"": table}, label, group), readers=READERS)
+    return _from_labelled(url, _label_objects(url, label, group), readers=READERS)
 
 # %% ../nbs/00h_sources.ipynb #84fe1d14
 def _warn_of_links(items: list[Item]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Buckets behind a network that breaks: real emulators of both stores, and a proxy between that does the damage."""
 import hashlib
 import http.client
+import json
 import os
 import signal
 import subprocess
@@ -245,6 +246,31 @@ def test_a_table_that_may_not_be_followed(bucket: Bucket, tmp_path: Path) -> Non
     bucket.proxy.fault = lambda path, span: "403"
     error = refusal(write_table(tmp_path / "table.csv", [f"{bucket.url}/data/{NAMES[0]}"]))
     assert (error.code, error.detail) == ("source_not_found", f"{bucket.url}/data/{NAMES[0]} may not be read.")
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "manifest"])
+def test_a_table_in_the_bucket_as_clouds_write_it(bucket: Bucket, form: str) -> None:
+    """Vertex AI's CSV and JSON lines and SageMaker's manifest name objects of equal names by their addresses."""
+    split = "aiplatform.googleapis.com/ml_use"
+    about = {"class-name": "dog", "type": "groundtruth/image-classification"}
+    cat, dog, gone = (f"{bucket.url}/data/{name}" for name in (NAMES[0], NAMES[6], "no.jpg"))
+    text = {"csv": f"TEST,{cat},cat\n{dog},dog\n{gone},dog\n",
+            "jsonl": "\n".join(map(json.dumps, [
+                {"imageGcsUri": cat, "classificationAnnotation": {"displayName": "cat"},
+                 "dataItemResourceLabels": {split: "test"}},
+                {"imageGcsUri": dog, "classificationAnnotation": {"displayName": "dog"}},
+                {"imageGcsUri": gone, "classificationAnnotation": {"displayName": "dog"}}])),
+            "manifest": "\n".join(map(json.dumps, [
+                {"source-ref": cat, "pets": 0, "pets-metadata": about | {"class-name": "cat"}},
+                {"source-ref": dog, "pets": 1, "pets-metadata": about},
+                {"source-ref": gone, "pets": 1, "pets-metadata": about}]))}[form]
+    bucket.put(f"lists/import.{form}", text.encode())
+    source = open_source(f"{bucket.url}/lists/import.{form}")
+    assert [(item.name, item.label) for item in source.items] == [(cat, "cat"), (dog, "dog")]
+    assert [item.split for item in source.items] == ["" if form == "manifest" else "test", ""]
+    assert source.bad_rows == {"missing_file": [3]}
+    assert source.items[1].read() == content(NAMES[6])
+    assert refusal(f"{bucket.url}/lists/no.{form}").code == "source_not_found"
 
 
 def test_a_table_names_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
