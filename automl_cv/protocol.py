@@ -9,6 +9,8 @@ __all__ = ['MAX_IMAGES', 'MAX_JSON', 'OUTPUTS', 'describe_tensors', 'infer']
 import base64
 import json
 import math
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -47,40 +49,55 @@ def _wrong(detail: str) -> AutomlError:
 
 # %% ../nbs/05dc_protocol.ipynb #86c322b0
 def _images(tensor: dict[str, Any], side: int) -> np.ndarray:
-    shape = tensor.get("shape")
+    shape, raw = tensor.get("shape"), tensor["raw"]
     if shape not in [[n, side, side, 3] for n in range(1, MAX_IMAGES + 1)]:
         raise _wrong(f"The input 'images' needs the shape [N, {side}, {side}, 3], N up to {MAX_IMAGES}.")
     try:
-        values = np.array(tensor["data"], object)  # any other type would copy one long text for each number
+        values = np.frombuffer(raw, np.uint8) if raw else np.array(tensor["data"], object)  # of anything
     except (KeyError, ValueError):
         raise _wrong("The data of 'images' are missing, or no even rows.") from None
-    whole = values.size == math.prod(shape) and set(map(type, values.flat)) == {int}
-    if not whole or values.min() < 0 or values.max() > 255:
+    whole = raw or set(map(type, values.flat)) == {int}
+    if values.size != math.prod(shape) or not whole or values.min() < 0 or values.max() > 255:
         raise _wrong("The data of 'images' are not whole numbers from 0 to 255, as many as the shape says.")
     return values.reshape(-1, side, side, 3).astype(np.uint8)
 
 # %% ../nbs/05dc_protocol.ipynb #7f84d34d
+def _elements(raw: bytes) -> Iterator[bytes]:  # each follows its length, 4 bytes, little-endian
+    rest = memoryview(raw)
+    while rest:
+        size = 4 + int.from_bytes(rest[:4], "little")
+        yield bytes(rest[4:size])
+        rest = rest[size:]
+
+
 def _files(tensor: dict[str, Any]) -> list[bytes]:
-    data = tensor.get("data")
+    first = islice(_elements(tensor["raw"]), MAX_IMAGES + 1)
+    data = list(first) if tensor["raw"] else tensor.get("data")
     if not isinstance(data, list) or not 0 < len(data) <= MAX_IMAGES or tensor.get("shape") != [len(data)]:
         raise _wrong(f"The input 'files' needs the shape [N], N up to {MAX_IMAGES}, and as many data.")
     try:
-        return [base64.b64decode(text, validate=True) for text in data]
+        return data if tensor["raw"] else [base64.b64decode(text, validate=True) for text in data]
     except (ValueError, TypeError):
         raise _wrong("The data of 'files' are not base64.") from None
 
 # %% ../nbs/05dc_protocol.ipynb #9e4e0c6c
-def _read(body: bytes, offered: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def _read(body: bytes, head: str,
+          offered: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     try:
-        request = json.loads(body)
+        size = int(head or len(body))
+        request, raw = json.loads(body[:size]), body[size:]
         (tensor,) = request["inputs"]
+        whole = len(raw) == (tensor.get("parameters") or {}).get("binary_data_size", 0)
         named = {"images": "UINT8", "files": "BYTES"}[tensor["name"]] == tensor["datatype"]
         wanted = [output["name"] for output in request.get("outputs") or []]  # some write null for none
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _wrong("The request is not JSON with one input, 'images' or 'files'.") from None
     if not named or not all(isinstance(name, str) and name in offered for name in wanted):
         raise _wrong("The input's datatype or an output's name is not one of this model's.")
-    return request, tensor, wanted or list(offered)
+    if not whole:
+        raise _wrong("Behind the JSON, which has the length that the header Inference-Header-Content-Length "
+                     "tells, are not as many bytes as binary_data_size says.")
+    return request, tensor | {"raw": raw}, wanted or list(offered)
 
 # %% ../nbs/05dc_protocol.ipynb #180ebe9d
 def _outputs(found: list[Prediction], wanted: list[str]) -> list[dict[str, Any]]:
@@ -102,10 +119,11 @@ def _predict(predictor: Predictor, data: bytes, place: int) -> Prediction:
 # %% ../nbs/05dc_protocol.ipynb #ba65b705
 def infer(
     predictor: Predictor,  # a loaded bundle
-    body: bytes,  # an inference request, JSON
+    body: bytes,  # an inference request, JSON, and perhaps a tensor's bytes behind it
+    head: str = "",  # the JSON's length in bytes, where it is not all; as a header has it
 ) -> tuple[dict[str, Any], list[Prediction]]:  # the protocol's response, and the answers in it
     """Answer an inference request. Raises AutomlError wrong_parameter_type, and a picture's codes."""
-    request, tensor, wanted = _read(body, _offered(predictor))
+    request, tensor, wanted = _read(body, head, _offered(predictor))
     if tensor["name"] == "images":
         found = [judge(predictor, image) for image in _images(tensor, predictor.policy.size)]
     else:

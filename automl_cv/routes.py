@@ -126,7 +126,8 @@ MODEL = {"name": "scenes", "versions": ["0f343b093112"], "platform": "onnxruntim
 LABEL = {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["mountain"]}
 INPUT = {"type": "object", "required": ["name", "datatype", "shape", "data"], "properties": {
     "name": {"enum": ["files", "images"]}, "datatype": {"enum": ["BYTES", "UINT8"]},
-    "shape": {"type": "array", "items": {"type": "integer"}}, "data": {"type": "array"}}}
+    "shape": {"type": "array", "items": {"type": "integer"}}, "data": {
+        "type": "array", "items": {}}}}
 WANTED = {"type": "object", "required": ["name"], "properties": {"name": {"enum": list(OUTPUTS)}}}
 REQUEST = {"type": "object", "required": ["inputs"], "properties": {
     "id": {"type": "string"}, "outputs": {"type": "array", "items": WANTED},
@@ -182,14 +183,15 @@ async def v2_model(
 @programs.post("/v2/models/{name}/infer", openapi_extra=ASKED,
                responses=success(GIVEN, dict[str, Any]) | failures("bundle_not_found", *REFUSALS))
 async def v2_infer(
-    request: Request,  # an inference request, JSON
+    request: Request,  # an inference request, JSON, and perhaps a tensor's bytes behind it
     name: str,  # the model's, as /model tells it
 ) -> JSONResponse:  # an inference response
-    """Answer an inference request."""
+    """Answer an inference request. A tensor's raw bytes may follow the JSON, as `binary_data_size` says."""
     predictor, state = _named(request, name), request.app.state
     with until_left(request.app):
         async with one_body(request, state.pool, MAX_JSON) as body:
-            answer, found = await state.pool.run(infer, predictor, body, receive=request.receive)
+            head = request.headers.get("inference-header-content-length", "")
+            answer, found = await state.pool.run(infer, predictor, body, head, receive=request.receive)
     for one in found:
         state.metrics.count(one, predictor.version)
     state.metrics.batch.observe(len(found))

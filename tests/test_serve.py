@@ -144,6 +144,19 @@ def test_compressed_body_is_told(client, plain, path):
     assert plainly.json()["label"] == "red"
 
 
+def test_tensors_may_follow_the_json_as_bytes(client, plain):
+    """As the clients of KServe and Triton send them."""
+    pictures = [plain("red"), plain("blue")]
+    raw = b"".join(len(picture).to_bytes(4, "little") + picture for picture in pictures)
+    files = {"name": "files", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps({"inputs": [files], "parameters": {"binary_data_output": True}}).encode()
+    path = f"/v2/models/{client.get('/model').json()['name']}/infer"
+    reply = client.post(path, content=head + raw, headers={"Inference-Header-Content-Length": str(len(head))})
+    assert {output["name"]: output["data"] for output in reply.json()["outputs"]}["label"] == ["red", "blue"]
+    reply = client.post(path, content=head + raw[:-1], headers={"Inference-Header-Content-Length": str(len(head))})
+    assert (reply.status_code, "binary_data_size" in reply.json()["error"]) == (422, True)
+
+
 def test_a_slash_too_many_is_not_redirected(client, plain):
     for path in ("/predict/", "/model/", "/v2/"):
         reply = client.post(path, content=plain("red"))
