@@ -108,7 +108,8 @@ MAX_PARTS = 10  # of a form with one file; more are not looked at
 MAX_HEAD = 2**13  # bytes before a part's content
 BOUNDARY = re.compile(r'multipart/form-data\s*;.*?boundary="?([^";,\s]+)', re.I | re.S)
 NAME = re.compile(rb'^content-disposition:[^\r\n]*?;\s*name=(?:"file"|file(?=[;\s]))', re.I | re.M)
-FILENAME = re.compile(rb'^content-disposition:[^\r\n]*?;\s*filename=(?:"([^"\r\n]*)|([^;\s]*))', re.I | re.M)
+FILENAME = re.compile(rb'^content-disposition:[^\r\n]*?;\s*filename=(?:"((?:\\["\\]|[^"\r\n])*)|([^;\s]*))',
+                      re.I | re.M)
 CODED_NAME = re.compile(rb"^content-disposition:[^\r\n]*?;\s*filename\*=[\w-]+'[^']*'([^;\s]*)", re.I | re.M)
 
 # %% ../nbs/05ca_bodies.ipynb #6089ee75
@@ -125,7 +126,7 @@ def _parts(body: bytes | mmap, boundary: str) -> Iterator[tuple[bytes, int, int]
 # %% ../nbs/05ca_bodies.ipynb #4523065c
 def _file_name(head: bytes) -> bytes | None:
     if found := FILENAME.search(head):
-        return found[1] if found[1] is not None else found[2]
+        return found[2] if found[1] is None else re.sub(rb'\\(["\\])', rb"\1", found[1])
     coded = CODED_NAME.search(head)
     return unquote_to_bytes(coded[1]) if coded else None
 

@@ -158,17 +158,17 @@ def wait_ready(
 class Client:
     """A running service, asked from Python."""
     url: str  # its address, like http://127.0.0.1:8000
-    headers: Mapping[str, str] = field(default_factory=dict)  # like {"Authorization": "Bearer ..."}
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # like {"X-API-Key": "..."}
     timeout: float = 30.0  # seconds, of one try
     tries: int = 7  # with their pauses 6 to 13 s, or what the service asks for
 
-    def predict(self, path: str | Path, **options: Any) -> dict[str, Any]:
-        """Return the service's answer to a picture file. Raises AutomlError with the service's code."""
+    def predict(self, picture: str | Path | bytes, **options: Any) -> dict[str, Any]:
+        """Return the answer to a picture file or its content. Raises AutomlError with the service's code."""
         try:
-            data = Path(path).read_bytes()
+            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         except OSError as error:
             raise AutomlError("source_not_found",
-                              f"The file cannot be read ({type(error).__name__}).") from None
+                              f"{str(picture)!r} cannot be read ({type(error).__name__}).") from None
         return ask(self.url, data, self.timeout, self.tries, self.headers, **options)
 
     def predict_many(

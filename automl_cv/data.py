@@ -24,7 +24,7 @@ from .core import (AutomlError, Run, atomic_path, hash_bytes, hash_file, look_up
                             say)
 from .fixes import (apply_fixes, apply_review, findings_table, read_kinds, read_review,
                              write_review)
-from .items import Source, split_labels
+from .items import SEPARATOR, Source, split_labels
 from .remote import is_address
 from .scan import scan
 from .sources import TABLES, open_source
@@ -289,8 +289,9 @@ def keep_frame(
     """Write a DataFrame of pictures as a table. Raises AutomlError bad_table."""
     source = open_source(frame, label, group)
     paths = [i.name if is_address(i.name) else str(Path(i.name).absolute()) for i in source.items]
-    rows = [{"path": path, "label": item.label, "split": item.split, "group": item.group}
-            for path, item in zip(paths, source.items)]
+    several = SEPARATOR if source.task == "multilabel" else ""  # which says it where none has two
+    rows = [{"path": path, "label": item.label and item.label + several, "split": item.split,
+             "group": item.group} for path, item in zip(paths, source.items)]
     with atomic_path(run.path / "source.parquet") as path:
         pd.DataFrame(rows).to_parquet(path, index=False)
     return str(run.path / "source.parquet")

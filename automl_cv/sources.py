@@ -273,11 +273,12 @@ def name_columns(
 
 # %% ../nbs/00h_sources.ipynb #9d43c3dc
 def open_source(
-    url: str | pd.DataFrame,  # folder, archive, table, gs://, s3://, torchvision:NAME, demo:N; or a DataFrame
+    url: str | Path | pd.DataFrame,  # folder, archive, table, gs://, s3://, torchvision:NAME, demo:N; frame
     label: str = "",  # a table's column of labels; empty finds it
     group: str = "",  # a table's column that says whose picture it is; empty finds it
 ) -> Source:
     """Open what the user has. Raises AutomlError source_not_found, bad_archive and others."""
+    url = str(url) if isinstance(url, Path) else url
     if isinstance(url, str) and (label or group):
         url = name_columns(url, label, group)
     if isinstance(url, str) and (found := COLUMNS.search(url)):
