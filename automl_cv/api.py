@@ -82,7 +82,8 @@ async def predict(
 # %% ../nbs/05df_api.ipynb #c314dd32
 STATUS = {"live": success({"status": "live"}, dict[str, str]),
           "ready": success({"status": "ready"}, dict[str, str]) | failures("not_ready")}
-NUMBERS = {200: {"content": {"text/plain": {"example": "automl_cv_queue_depth 0.0\n"}}}}
+NUMBERS = {200: {"content": {"text/plain": {"schema": {"type": "string"},
+                                            "example": "automl_cv_queue_depth 0.0\n"}}}}
 for function, paths in ((live, ("/health/live", "/healthz")), (ready, ("/health/ready", "/readyz"))):
     for path in paths:
         router.get(path, responses=STATUS[function.__name__], include_in_schema=path[-1] != "z")(function)

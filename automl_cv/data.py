@@ -264,6 +264,9 @@ def run_step(
     metric: str = "",  # what models will be chosen by, a word of the task's `metrics`; empty takes the task's
 ) -> dict[str, Any]:  # the content of data.json
     """Scan, audit and split a source; write manifest, summary and report. Raises AutomlError."""
+    if not (0 < validation < 1 and 0 < test < 1):
+        raise AutomlError("wrong_parameter_type", f"The shares are {validation} and {test}.",
+                          "Give validation and test shares above 0, below 1.")
     run, opened = open_run(run_dir), open_source(source, label_column, group_column)
     for line in opened.warnings:  # before an error that they may explain
         say(f"WARNING: {line}")

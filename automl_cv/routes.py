@@ -45,7 +45,8 @@ LINES = '{"file": "a.jpg", "label": "mountain", "confidence": 0.9627, "class_ind
         '{"file": "b.txt", "code": "not_an_image", "detail": "No picture format was recognised."}\n'
 TABLE = "file,label,confidence,lake,mountain,error\na.jpg,mountain,0.9,0.1,0.9,\nb.txt,,,,,not_an_image\n"
 ROWS = {200: {"description": "a row for each file, in their order", "content": {
-    "application/x-ndjson": {"example": LINES}, "text/csv": {"example": TABLE}}}}
+    "application/x-ndjson": {"schema": {"type": "string"}, "example": LINES},
+    "text/csv": {"schema": {"type": "string"}, "example": TABLE}}}}
 FILES = {"type": "array", "items": {"type": "string", "format": "binary"},
          "description": f"pictures, or zip archives of pictures; at most {MAX_BATCH / 1e6:g} MB together"}
 UPLOADS = {"requestBody": {"required": True, "content": {
