@@ -157,6 +157,19 @@ def test_tensors_may_follow_the_json_as_bytes(client, plain):
     assert (reply.status_code, "binary_data_size" in reply.json()["error"]) == (422, True)
 
 
+def test_each_array_of_the_api_says_of_what(client):
+    """A generator of clients leaves out a call whose arrays do not."""
+    found = []
+
+    def visit(node):
+        if isinstance(node, dict) and node.get("type") == "array":
+            found.append("items" in node)
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            visit(child)
+    visit(client.get("/openapi.json").json())
+    assert found and all(found)
+
+
 def test_a_slash_too_many_is_not_redirected(client, plain):
     for path in ("/predict/", "/model/", "/v2/"):
         reply = client.post(path, content=plain("red"))
