@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .core import AutomlError, say, stop_on_signals
+from .core import AutomlError, check_stop, say, stop_on_signals
 
 # %% ../nbs/02d_workers.ipynb #ae956973
 def share_cores(
@@ -49,7 +49,7 @@ def _start(job: str, told: dict[str, Any], threads: int) -> subprocess.Popen[byt
                             start_new_session=True)  # Ctrl-C is the leader's, which passes it on
 
 # %% ../nbs/02d_workers.ipynb #3f8c5e9a
-GRACE = 20.0  # seconds that helpers get to stop, after an error here
+GRACE = 20.0  # seconds that helpers get to stop, after an error or Ctrl-C here
 
 
 @contextmanager
@@ -58,15 +58,17 @@ def helpers(
     job: str,  # "module:function" that they run
     told: dict[str, Any],  # its only argument
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Work beside other processes, and wait for them at the end. Raises what the block raises."""
+    """Work beside other processes, and wait for them. Raises what the block raises, and interrupted."""
     before, threads = torch.get_num_threads(), share_cores(count + 1)
     started = [_start(job, told, threads) for _ in range(count)]
     torch.set_num_threads(threads)
     try:
         yield started
-        for process in started:
-            if status := process.wait():
-                say(f"  a worker ended with status {status}; the others did its work")
+        while any(process.poll() is None for process in started):
+            check_stop()
+            time.sleep(0.1)
+        for status in filter(None, [process.returncode for process in started]):
+            say(f"  a worker ended with status {status}; the others did its work")
     finally:
         torch.set_num_threads(before)
         _end(started)
