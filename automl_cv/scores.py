@@ -121,13 +121,13 @@ def score_labels(
     thresholds: Any = 0.5,  # of the probabilities, one per label, or one for all
 ) -> dict[str, Any]:  # metric, map, low, high, micro_f1, macro_f1, exact, loss, images
     """Judge logits against the true labels."""
-    logits = np.nan_to_num(logits)  # of a training that diverged; the tuner ends it by its loss
+    loss = label_loss(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
+    logits = np.nan_to_num(logits)  # where a network gave no numbers, its loss tells
     truth, said = targets > 0.5, TASKS["multilabel"].decide(sigmoid(logits), thresholds)
     shown = np.flatnonzero(truth.any(axis=0))
     areas = [average_precision_score(truth[:, k], logits[:, k]) for k in shown]
     f1 = [f1_score(truth[:, k], said[:, k], zero_division=0) for k in shown]
     value, (low, high) = (float(np.mean(areas)), bootstrap(logits, truth)) if areas else (0.0, (0.0, 0.0))
-    loss = label_loss(torch.tensor(logits, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
     return {"metric": "map", "map": value, "low": min(low, value), "high": max(high, value),
             "micro_f1": float(f1_score(truth.ravel(), said.ravel(), zero_division=0)),
             "macro_f1": float(np.mean(f1)) if f1 else 0.0, "exact": float((truth == said).all(axis=1).mean()),
