@@ -79,7 +79,7 @@ class HeadConfig:
     kind: str = "linear"  # "linear" | "mlp" | "knn"
     normalise: str = "standard"  # "none" | "standard" (mean 0, deviation 1) | "unit" (length 1)
     penalty: float = 0.01  # scikit-learn's C; large means weak; not used by kNN
-    balance: str = "none"  # "none" | "weights" (rare classes weigh more) | "logits" (logit adjustment)
+    balance: str = "none"  # also "weights" (rare classes weigh more; not kNN), "logits" (linear only)
     banks: tuple[str, ...] = ()  # names of feature banks put side by side; empty means all
     size: int = 0  # hidden units of an MLP, neighbours of kNN
 
@@ -282,8 +282,7 @@ def _search_others(features: np.ndarray, truth: Tensor, exclusive: bool, folds: 
             rows = folds != fold
             head = FITS[config.kind](features[rows.numpy()], truth[:, rows], exclusive, config)
             parts[fold] = head.logits(features[~rows.numpy()])
-        whole = _assemble(parts, folds)
-        yield number, _adjust_folds(whole, truth, exclusive, folds) if config.balance == "logits" else whole
+        yield number, _assemble(parts, folds)
 
 
 def _search(banks: dict[str, np.ndarray] | np.ndarray, truth: Tensor, exclusive: bool, folds: Tensor,
