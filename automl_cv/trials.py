@@ -81,15 +81,20 @@ def enqueue_known(
 RUNGS, KEEP = (9, 3), 3  # rungs at a ninth and a third of the plan; the best of three survives
 
 # %% ../nbs/02aa_trials.ipynb #2435d886
+def _origins(trials: list[FrozenTrial]) -> dict[int, int]:  # number to that of the first of its configuration
+    found: dict[int, int] = {}
+    for trial in trials:
+        found[trial.number] = found.get(trial.user_attrs.get("continues"), trial.number)
+    return found
+
+
 def rung_values(
     trials: list[FrozenTrial],  # all trials of a study, by number
     part: int,  # of `RUNGS`
 ) -> list[float]:  # one per configuration that got so far
     """Return the scores at a rung. A configuration counts once, however many trials it took."""
-    origin: dict[int | str, int] = {}
-    values: dict[int, float] = {}
+    values, origin = {}, _origins(trials)
     for trial in trials:
-        origin[trial.number] = origin.get(trial.user_attrs.get("continues"), trial.number)
         epoch = math.ceil(trial.user_attrs.get("epochs", 0) / part)
         if epoch in trial.intermediate_values:
             values[origin[trial.number]] = trial.intermediate_values[epoch]
@@ -179,8 +184,8 @@ def choose_trial(
 ) -> FrozenTrial:
     """Choose the best trial, or the first one where the best leads by chance."""
     trials, best = study.get_trials(deepcopy=False), study.best_trial
-    place = places(trials)
-    first = next((trial for trial in live_trials(trials) if place[trial.number] == 0), best)
+    origin = _origins(trials)
+    first = next((trial for trial in live_trials(trials) if origin[trial.number] == 0), best)
     scores = first.user_attrs.get("scores", {})
     if first.state != TrialState.COMPLETE or metric not in ("", scores["metric"]):
         return best  # the interval is the task's own figure's
