@@ -172,22 +172,22 @@ def search_trials(
     study: optuna.Study,  # an opened study
     search: Search,  # what all trials share
     trials: int,  # finished trials wanted, at least 1
-    seconds: float = 0.0,  # time limit; 0 for none
+    end: float = math.inf,  # when to stop, as time.monotonic() counts
 ) -> None:
     """Run trials, beside any other workers, until enough have finished. Raises AutomlError interrupted."""
     known = dict(list(known_params(search.base, search.max_epochs, search.space).items())[:trials])
-    deadline = time.monotonic() + seconds - spent_seconds(study) if seconds else math.inf
 
     def objective(trial: Trial) -> float:
-        left, longest = deadline - time.monotonic(), search.max_epochs
+        left, longest = end - time.monotonic(), search.max_epochs
         if "continues" not in trial.user_attrs:
             longest = int(min(longest, max(1.0, affordable_epochs(study, left))))
-        return run_trial(replace(search, max_epochs=longest), trial, max(left, 1.0) if seconds else 0.0)
+        limit = max(left, 1.0) if end < math.inf else 0.0
+        return run_trial(replace(search, max_epochs=longest), trial, limit)
 
     def forget(trial: FrozenTrial) -> None:  # not before it counts: a kill in between would train it again
         if "config" in trial.user_attrs and "paused" not in trial.user_attrs:
             search.checkpoint(Config(**trial.user_attrs["config"])).unlink(missing_ok=True)
-    run_trials(study, objective, trials, lambda: _is_ready(study, search, known, deadline - time.monotonic()),
+    run_trials(study, objective, trials, lambda: _is_ready(study, search, known, end - time.monotonic()),
                forget)
 
 # %% ../nbs/03_tune.ipynb #dee8e4e8
@@ -243,8 +243,8 @@ def _search(search: Search, study: optuna.Study, trials: int, seconds: float, wo
     connect()  # MLflow cannot make its tables in two processes at once
     end = time.monotonic() + seconds - spent_seconds(study) if seconds else math.inf
     count = workers - 1 if len(finished_trials(study)) < trials else 0
-    with helpers(count, "automl_cv.tune:help_search", told | {"record": search.record.run_id}):
-        search_trials(study, search, trials, seconds)
+    with helpers(count, "automl_cv.tune:help_search", told | {"record": search.record.run_id, "end": end}):
+        search_trials(study, search, trials, end)
     found, record = _conclude(study, search), search.record
     with alone(search.run, "soup"):  # searches of other machines may end at the same moment
         soup = search.soup(Config(**found["config"]), _values(study), lambda: time.monotonic() < end)
@@ -261,7 +261,7 @@ def _search(search: Search, study: optuna.Study, trials: int, seconds: float, wo
 
 # %% ../nbs/03_tune.ipynb #f04beceb
 def help_search(
-    told: dict[str, Any],  # what the leading process was told, and the MLflow id of its step as `record`
+    told: dict[str, Any],  # as the leading process was, and `record`, MLflow's id of its step, and its `end`
 ) -> None:
     """Run trials of a search that another process leads. Raises AutomlError interrupted."""
     run, base = Run(Path(told["run"])), Config(**told["base"])
@@ -269,7 +269,7 @@ def help_search(
     terms = Terms(Limits(**told["limits"]), told["target_accuracy"], told["name"])
     search = prepare_search(track, base, told["max_epochs"], told["trial_share"], told["space"], terms,
                             Record(*connect(), told["record"]))
-    search_trials(open_study(run, told["storage"], base.seed), search, told["trials"], told["seconds"])
+    search_trials(open_study(run, told["storage"], base.seed), search, told["trials"], told["end"])
 
 # %% ../nbs/03_tune.ipynb #67df3f58
 def run_step(
@@ -301,7 +301,7 @@ def run_step(
     told = {"trials": trials, "space": space, "max_epochs": max_epochs, "trial_share": trial_share}
     terms = Terms(Limits(max_milliseconds, max_megabytes), target_accuracy, name)
     spec = told | asdict(terms) | {"run": str(run.path), "base": base.as_dict(), "metric": metric,
-                                   "seconds": seconds, "storage": storage}
+                                   "storage": storage}
     found = {"split": "validation", "config": base.as_dict(), "trials": {}, "space": space}
     with tracked_step(run, "tune", told) as record:
         if (run.path / "plan.json").exists():
