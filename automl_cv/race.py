@@ -91,7 +91,7 @@ def probe(
     size: int,  # side of the network's input, pixels
     count: int = 0,  # training pictures; 0 for all
 ) -> tuple[Any, np.ndarray, np.ndarray]:  # paths.Head; logits and targets of validation pictures
-    """Fit a linear head to a sample and answer validation pictures: at most half as many."""
+    """Fit a linear head to a sample and answer validation pictures: half as many, at least 100, or all."""
     train = track.images("train", size, count)
     validation = track.images("validation", size, max(100, count // 2) if count else 0)
     banks = [feature_bank(model, images, size) for images in (train, validation)]
