@@ -112,6 +112,17 @@ def _splits_at(paths: list[list[str]], depth: int) -> dict[str, str]:  # by fold
     found = "train" in kinds and ("" not in kinds or not kinds.isdisjoint({"validation", "test"}))
     return splits if found else {}
 
+
+def _turn(path: list[str], depth: int) -> list[str]:
+    return path[:depth] + path[depth:depth + 2][::-1] + path[depth + 2:]
+
+
+def _lie_below(paths: list[list[str]], depth: int) -> bool:  # splits below the classes
+    pairs = {(path[depth].lower(), path[depth + 1].lower()) for path in paths if len(path) > depth + 2}
+    classes, splits = ({pair[side] for pair in pairs} for side in (0, 1))
+    return (all(len(path) > depth + 2 for path in paths) and len(pairs) == len(classes) * len(splits)
+            and "train" in map(SPLITS.get, splits) and splits <= set(SPLITS) and classes.isdisjoint(SPLITS))
+
 # %% ../nbs/00c_items.ipynb #b52982aa
 def _place(path: list[str], wrapper: list[str], splits: dict[str, str]) -> tuple[str | None, str]:
     rest, split = path[len(wrapper):], ""
@@ -134,9 +145,12 @@ def lay_out(
     splits = _splits_at(paths, depth)
     if not splits and depth and (above := _splits_at(paths, depth - 1)):
         depth, splits = depth - 1, above
+    if below := not splits and _lie_below(paths, depth):
+        splits = _splits_at([_turn(path, depth) for path in paths], depth)
     placed, wrapper = [], paths[0][:depth] if paths else []
     for item in items:
-        label, split = (None, "") if item.status else _place(item.name.split("/"), wrapper, splits)
+        path = _turn(item.name.split("/"), depth) if below else item.name.split("/")
+        label, split = (None, "") if item.status else _place(path, wrapper, splits)
         placed.append(replace(item, label=label, split=split))
     return placed
 
