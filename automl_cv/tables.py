@@ -65,8 +65,9 @@ def _look_up(cells: list[str], index: dict[str, int], way: _Way, folder: str) ->
 # %% ../nbs/00e_tables.ipynb #bfe5675c
 def _find_files(items: list[Item], table: Table, folder: str) -> tuple[str, list[int]]:
     usual = [name for name in table.columns if name.lower() in PATHS]
-    for names in (usual, list(table.columns)):
-        for way in _WAYS:
+    others = [name for name in table.columns if name.lower() not in LABELS]
+    for names, ways in ((usual, _WAYS), (others, _WAYS[:2] if usual else _WAYS)):
+        for way in ways:
             index = _index(items, way)
             found = {name: _look_up(table.columns[name], index, way, folder) for name in names}
             best = max(names, key=lambda name: sum(place >= 0 for place in found[name].values()), default="")
@@ -75,7 +76,8 @@ def _find_files(items: list[Item], table: Table, folder: str) -> tuple[str, list
                     raise AutomlError("bad_table", f"The first line already names a file, {best!r}.",
                                       "Begin the table with a line like file,label.")
                 return best, [found[best][cell] for cell in table.columns[best]]
-    raise AutomlError("no_usable_image", "None of the files that the table names was found.",
+    named = f"the column {usual[0]!r}" if usual else "the table"
+    raise AutomlError("no_usable_image", f"None of the files that {named} names was found.",
                       "Write paths relative to the folder of the table; a bare name must fit one file only.")
 
 # %% ../nbs/00e_tables.ipynb #ef79734f
