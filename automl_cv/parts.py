@@ -80,7 +80,8 @@ def _label_part(items: list[Item], folder: str, table: Table, label: str, group:
         part = label_items(inside, table, label, group, folder)
     split = SPLITS[posixpath.basename(folder).lower()]
     placed = [item if item.label is None else replace(item, split=item.split or split) for item in part.items]
-    return replace(part, items=placed, warnings=tuple(f"{folder}: {line}" for line in part.warnings))
+    return replace(part, items=placed, warnings=tuple(f"{folder}: {line}" for line in part.warnings),
+                   bad_rows={f"{folder}: {reason}": lines for reason, lines in part.bad_rows.items()})
 
 # %% ../nbs/00ec_parts.ipynb #11f31aa3
 def label_parts(
@@ -88,15 +89,14 @@ def label_parts(
     tables: dict[str, Item],  # some of them, by their folders, at least one
     label: str = "",  # the column of labels, as in `label_items`
     group: str = "",  # the column that says whose picture it is, as in `label_items`
-) -> Labelled:  # without the tables; bad rows are those of all of them
+) -> Labelled:  # without the tables; bad rows of several as "valid: missing_file"
     """Give files the labels of one or several tables. Raises AutomlError bad_table, no_usable_image."""
-    own, bad = {table.name for table in tables.values()}, {}
+    own = {table.name for table in tables.values()}
     items = [item for item in items if item.name not in own]
     if len(tables) == 1:
         return label_items(items, *map(_read, tables.values()), label, group, *tables)
     parts = [_label_part(items, folder, table, label, group) for folder, table in _read_alike(tables).items()]
-    for reason, lines in (pair for part in parts for pair in part.bad_rows.items()):
-        bad.setdefault(reason, []).extend(lines)
     named = {item.name: item for part in parts for item in part.items}
-    return Labelled([named.get(item.name, item) for item in items], max(part.task for part in parts), bad,
+    return Labelled([named.get(item.name, item) for item in items], max(part.task for part in parts),
+                    {reason: lines for part in parts for reason, lines in part.bad_rows.items()},
                     tuple(line for part in parts for line in part.warnings))
