@@ -54,7 +54,7 @@ def _as_known(error: BaseException) -> AutomlError:
         return error
     if isinstance(error, KeyboardInterrupt):
         return AutomlError("interrupted", "Stopped at once.")
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "failed to map segment" in str(error):  # of a library
         return AutomlError("out_of_memory", "There was not enough memory.", "Try a smaller --size.")
     if isinstance(error, ModuleNotFoundError):
         return AutomlError("missing_extra", f"The package {error.name} is missing.",

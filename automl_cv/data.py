@@ -33,9 +33,10 @@ from .tasks import TASKS
 # %% ../nbs/01_data.ipynb #c27b94ea
 def natural_key(
     text: str,  # a class name
-) -> list[tuple[int, int | str]]:  # sorts numbers by value, before letters
+) -> list[tuple[int, int | str]]:  # sorts numbers by value, before letters; no two names are equal
     """Return a sort key that orders numbers inside names by their value."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part]
+    parts = [part for part in re.split(r"(\d+)", text) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts] + [(-1, text)]
 
 # %% ../nbs/01_data.ipynb #5c031271
 def _hint(manifest: pd.DataFrame) -> str:
