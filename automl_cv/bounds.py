@@ -69,8 +69,8 @@ def make_room(
     after = size + sum(held for _, held, _ in files)
     bound = cache_bound(after - size)
     for used, held, path in files:
-        if after <= 0.9 * bound or used > time.time() - RESTS:
-            break
+        if after <= 0.9 * bound or abs(time.time() - used) < RESTS:  # a clock may be set back
+            continue
         path.unlink(missing_ok=True)
         after -= held
     _room[key] = bound / 10

@@ -135,7 +135,7 @@ def open_study(
 # %% ../nbs/02b_study.ipynb #ae7d389a
 def _is_dead(trial: FrozenTrial, grace: float) -> bool:
     if "owner" not in trial.user_attrs:  # killed before it could say whose it is
-        return (datetime.now() - trial.datetime_start).total_seconds() > grace
+        return abs((datetime.now() - trial.datetime_start).total_seconds()) > grace  # a clock may be set back
     host, pid = trial.user_attrs["owner"]
     if host != socket.gethostname():
         return False
