@@ -158,7 +158,8 @@ def serve_bundle(
                               "Give a number from 1 to 65535.")
         from automl_cv.serve import serve
         read_bundle(place := find_bundle(bundle))
-        serve(bundle if "://" in bundle else str(place), host, port)
+        follows = "://" in bundle and not bundle.startswith("models:")  # an alias was resolved above
+        serve(bundle if follows else str(place), host, port)
 
 # %% ../nbs/06b_commands.ipynb #49345b5f
 def light_parser() -> argparse.ArgumentParser:

@@ -78,3 +78,16 @@ def test_missing_address_is_not_ready(stored, start):
         answer = httpx.get(f"{server.url}/health/ready", trust_env=False)
     assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
     assert "source_not_found: There is nothing at" in server.log.read_text()
+
+
+def test_alias_is_served_however_its_slashes_are_written(bundle, start, plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOML_CV_HOME", str(tmp_path / "home"))
+    from automl_cv.core import Run
+    from automl_cv.tracking import register, tracked_step
+    with tracked_step(Run(tmp_path / "home/runs/shop"), "train", {}) as record:
+        register(record, bundle, "colours")
+    code = "from automl_cv.cli import main; main()"
+    for alias in ("models:/colours@champion", "models://colours@champion"):
+        with start("", ("-c", code, "serve", alias, "--port", "{port}")) as server:
+            answer = httpx.post(f"{server.url}/predict", files={"file": plain("red")}, trust_env=False)
+        assert answer.json().get("label") == "red", server.log.read_text()
