@@ -148,7 +148,7 @@ def wait_ready(
             said = f"status {error.code}"
             if not patient:
                 break
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             said = type(error).__name__
         time.sleep(1.0 if patient else 0.05)
     raise AutomlError("not_ready", f"The service at {url} did not become ready; it said {said}.")

@@ -95,6 +95,19 @@ def test_an_answer_that_is_cut_is_told_from_none(files):
     assert refused.value.code == "not_ready"
 
 
+def test_waiting_outlives_what_does_not_speak_http():
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        def greet():
+            with listener.accept()[0] as guest:
+                guest.recv(2**20)
+                guest.sendall(b"220 mail.example\r\n")
+            listener.close()
+        pool.submit(greet)
+        with pytest.raises(AutomlError, match="did not become ready") as refused:
+            wait_ready(f"http://127.0.0.1:{listener.getsockname()[1]}", 1)
+    assert refused.value.code == "not_ready"
+
+
 def test_what_cannot_be_sent_is_told_at_once_and_without_the_key(files, server):
     for url, headers in ((server.url, {"X-API-Key": "secret\n"}), (server.url, {"X-API-Key": "“secret”"}),
                          (f"{server.url}/a b", {}), ("http://127.0.0.1:port", {})):
