@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from .core import AutomlError, atomic_folder, hash_bytes, home
-from .predict import read_bundle
+from .predict import WEIGHTS, read_bundle
 
 # %% ../nbs/04e_places.ipynb #ce974ce7
 def bundle_place(
@@ -37,7 +37,7 @@ def fetch_bundle(
                           f"pip install automl_cv[{extra}]") from None
     with atomic_folder(place) as folder:
         for item in open_remote(where):
-            if re.fullmatch(r"\w[\w.-]*", item.name):
+            if re.fullmatch(r"\w[\w.-]*", item.name) and item.name != WEIGHTS:
                 (folder / item.name).write_bytes(item.read())
         if not (folder / "model.json").exists():
             raise AutomlError("bundle_not_found", f"There is no model bundle at {where}.",
