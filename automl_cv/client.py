@@ -16,9 +16,10 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.client import HTTPException, InvalidURL
+from http.client import HTTPConnection, HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -32,7 +33,20 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
+class _Line(HTTPConnection):
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        with suppress(BrokenPipeError, ConnectionResetError):  # an answer may have come before
+            super().send(data)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Line, request)
+
+
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay, _Http)
 
 # %% ../nbs/05b_client.ipynb #dfe4b5b4
 def _form(data: bytes) -> tuple[bytes, str]:

@@ -191,6 +191,14 @@ def test_no_try_and_no_worker_are_refused(server, files):
     assert refused.value.code == "wrong_parameter_type"
 
 
+def test_a_refusal_is_heard_before_all_is_sent(bundle, start):
+    with start(bundle, AUTOML_CV_API_KEYS="0" * 64) as server:
+        for _ in range(5):
+            with pytest.raises(AutomlError) as refused:
+                Client(server.url, {"X-API-Key": "wrong"}, tries=1).predict(bytes(9 * 2**20))
+            assert refused.value.code == "no_key"
+
+
 def test_a_key_goes_nowhere_else(files):
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as other:
         there = f"http://127.0.0.1:{other.getsockname()[1]}/predict"
