@@ -29,7 +29,7 @@ class Target:
     """A place on Cloud Run."""
     project: str  # Google Cloud project
     region: str  # like europe-west1
-    service: str = "automl-cv"  # lower-case letters, digits and dashes; at most 49
+    service: str = "automl-cv"  # lower-case letters, digits and dashes; at most 37
     repository: str = "automl-cv"  # of Artifact Registry, for the image
     public: bool = False  # whether everybody may call it
     gpu: bool = False  # give it an NVIDIA L4
@@ -49,7 +49,7 @@ class Release:
 
 # %% ../nbs/06a_deploy.ipynb #7ba25f5b
 WORD = r"[a-z]([a-z0-9-]*[a-z0-9])?"
-NAMES = {"project": rf"([a-z0-9.-]+:)?{WORD}", "region": WORD, "service": rf"(?=.{{1,49}}$){WORD}",
+NAMES = {"project": rf"([a-z0-9.-]+:)?{WORD}", "region": WORD, "service": rf"(?=.{{1,37}}$){WORD}",
          "repository": rf"(?=.{{1,63}}$){WORD}", "bucket": r"|[a-z0-9][a-z0-9._-]{0,61}[a-z0-9]?"}
 
 
@@ -57,7 +57,7 @@ def _check_names(target: Target) -> None:
     for name, pattern in NAMES.items():
         if not re.fullmatch(pattern, value := getattr(target, name)):
             raise AutomlError("wrong_parameter_type", f"{value!r} is no name of a {name}.",
-                              "Google takes lower-case letters, digits and dashes.")
+                              "Google takes lower-case letters, digits and dashes; of a service at most 37.")
 
 # %% ../nbs/06a_deploy.ipynb #8e246354
 def name_release(
@@ -75,10 +75,9 @@ def name_release(
     stamp = datetime.now(timezone.utc).strftime("%y%m%d-%H%M%S")
     project = target.project.replace(":", "/")  # of a domain: a colon ends an image's name
     place = f"{target.region}-docker.pkg.dev/{project}/{target.repository}"
-    mark = f"-{digest[:8]}" if len(target.service) <= 40 else ""
     return Release(home() / "deploy" / target.service,
                    f"{place}/{target.service}:{commit[:8] or 'local'}-{digest[:8]}",
-                   f"{target.service}{mark}-{stamp}",
+                   f"{target.service}-{digest[:8]}-{stamp}",
                    commit, re.sub(r"[^\w.-]", "-", name), digest)
 
 # %% ../nbs/06a_deploy.ipynb #d23a3ca6
