@@ -32,15 +32,15 @@ def fetch_registered(
         name, alias = asked["name"], asked["alias"]
         version = asked["version"] or client.get_model_version_by_alias(name, alias).version
         source = client.get_model_version_download_uri(name, version)
+        place = home() / "cache" / "bundles" / hash_bytes(f"{tracking_uri()}\n{name}/{version}".encode())[:16]
+        with atomic_folder(place) as folder:
+            found = Path(download_artifacts(artifact_uri=source, dst_path=str(folder / "came"),
+                                            tracking_uri=tracking_uri()))
+            for path in found.iterdir():
+                path.rename(folder / path.name)
+            shutil.rmtree(folder / "came")
+            read_bundle(folder)
+        return place
     except MlflowException as error:
-        raise AutomlError("bundle_not_found", f"The registry has no {where}.",
+        raise AutomlError("bundle_not_found", f"The registry has no {where}, or not its files.",
                           "Write models:/NAME@champion, and see MLFLOW_TRACKING_URI.") from error
-    place = home() / "cache" / "bundles" / hash_bytes(f"{tracking_uri()}\n{name}/{version}".encode())[:16]
-    with atomic_folder(place) as folder:
-        found = Path(download_artifacts(artifact_uri=source, dst_path=str(folder / "came"),
-                                        tracking_uri=tracking_uri()))
-        for path in found.iterdir():
-            path.rename(folder / path.name)
-        shutil.rmtree(folder / "came")
-        read_bundle(folder)
-    return place
