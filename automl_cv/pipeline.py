@@ -79,7 +79,8 @@ def check_request(
     if not request.name or {"/", ":"} & set(request.name):
         raise AutomlError("wrong_parameter_type", f"A model cannot be named {request.name!r}.",
                           "Give a name without / and :.")
-    import_module("automl_cv.fixes").read_kinds(request.fix)
+    if request.fix != Request.fix:
+        import_module("automl_cv.fixes").read_kinds(request.fix)
     if request.review and not Path(request.review).is_file():
         raise AutomlError("source_not_found", f"There is no file {Path(request.review).name!r}.",
                           "It was given to --apply.")
