@@ -129,16 +129,21 @@ def _join(manifest: pd.DataFrame, rows: pd.DataFrame) -> None:
 
 # %% ../nbs/00n_fixes.ipynb #56083c48
 def _merge(manifest: pd.DataFrame, rows: pd.DataFrame, task: str) -> None:
+    merged: dict[str, str] = {}  # a name that is gone, and what it became
     for _, part in rows.groupby("group", sort=False):
         names, values = {name for label in part.label for name in split_labels(label, task)}, set(part.value)
         if len(values) > 1 or values == {""}:
             raise AutomlError("wrong_parameter_type", f"{', '.join(sorted(names))} shall be merged, but "
                               "`value` is not the same name in all rows of the group.")
         _check_value(new := values.pop(), task, f"{', '.join(sorted(names))} shall be merged")
+        new = clean_label(new)
+        while new in merged:
+            new = merged[new]
         if task == "multilabel":
             names = {name for pair in combinations(sorted(names), 2) for name in pair
                      if spellings(pair[0]) & spellings(pair[1])}
-        renamed = [[clean_label(new) if name in names else name for name in split_labels(label, task)]
+        merged |= dict.fromkeys(names - {new}, new)
+        renamed = [[new if name in names else name for name in split_labels(label, task)]
                    for label in manifest.label.fillna("")]
         manifest["label"] = [SEPARATOR.join(dict.fromkeys(labels)) for labels in renamed]
         _decide_conflicts(manifest, manifest.path[manifest.label != ""])
