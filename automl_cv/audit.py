@@ -205,9 +205,10 @@ def find_missing_classes(
 ) -> list[Finding]:
     """Find classes that a split lacks."""
     rows, found = by_class(judged(manifest), task), []
+    splits = rows.split.replace("", "train")  # which is drawn from what was given none
     for split, (severity, text) in _MISSING.items():
-        lacking = sorted(set(rows.label) - set(rows.label[rows.split == split]))
-        if (rows.split == split).any():
+        lacking = sorted(set(rows.label) - set(rows.label[splits == split]))
+        if (splits == split).any():
             found += [report("missing_in_split", rows.path[rows.label == name][:SHOWN],
                              f"{name!r} has no picture in {split} and {text}.", 0, split, severity)
                       for name in lacking]
