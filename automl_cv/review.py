@@ -95,11 +95,17 @@ def out_of_fold(
         folds = StratifiedGroupKFold(min(FOLDS, len(set(groups))), shuffle=True, random_state=seed)
         for known, asked in folds.split(points, targets, groups):
             check_stop()
-            answers[asked] += _judge(points[known], targets[known], points[asked], classes) / rounds
+            found = _judge(points[known], targets[known], points[asked], classes)
+            found[~np.isin(targets[asked], targets[known])] = 1 / classes  # who do not know their class
+            answers[asked] += found / rounds
     return answers
 
 # %% ../nbs/01d_review.ipynb #d85043d7
 CAUGHT = 0.84  # share of random wrong labels that the list would hold
+
+
+def _unjudged(answers: np.ndarray) -> np.ndarray:  # bool [N], where nobody outside the group knew the class
+    return np.ptp(answers, axis=1) == 0
 
 # %% ../nbs/01d_review.ipynb #c4098d61
 def rank_mislabels(
@@ -110,6 +116,7 @@ def rank_mislabels(
     given = np.eye(answers.shape[1], dtype=bool)[targets]
     ranked = find_label_issues(targets, answers, filter_by="low_self_confidence",
                                return_indices_ranked_by="self_confidence", n_jobs=1)
+    ranked = ranked[~_unjudged(answers)[ranked]]
     return ranked[answers[given][ranked] < np.quantile(answers[~given], CAUGHT)]
 
 # %% ../nbs/01d_review.ipynb #0670010e
@@ -163,6 +170,7 @@ def find_ambiguous(
     """Report pairs of classes that are often taken for each other."""
     best, mistakes = answers.argmax(axis=1), rank_mislabels(answers, targets)
     best[mistakes] = targets[mistakes]  # which are reported by themselves
+    best = np.where(_unjudged(answers), targets, best)
     sizes, pairs, found = np.bincount(targets, minlength=len(classes)), defaultdict(list), []
     for i in np.flatnonzero(best != targets):
         pairs[min(targets[i], best[i]), max(targets[i], best[i])].append(i)
