@@ -292,10 +292,13 @@ def keep_frame(
 ) -> str:  # a source for `run_step`
     """Write a DataFrame of pictures as a table. Raises AutomlError bad_table."""
     source = open_source(frame, label, group)
+    for line in source.warnings:  # what the table that is written cannot tell
+        say(f"WARNING: {line}")
     paths = [i.name if is_address(i.name) else str(Path(i.name).absolute()) for i in source.items]
     several = SEPARATOR if source.task == "multilabel" else ""  # which says it where none has two
     rows = [{"path": path, "label": item.label and item.label + several, "split": item.split,
-             "group": item.group} for path, item in zip(paths, source.items)]
+             "group": item.group} for path, item in zip(paths, source.items)
+            if not several or item.label is not None or item.split == "unlabelled"]
     with atomic_path(run.path / "source.parquet") as path:
         pd.DataFrame(rows).to_parquet(path, index=False)
     return str(run.path / "source.parquet")
