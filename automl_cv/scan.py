@@ -65,9 +65,10 @@ class Store:
         self.database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + SCHEMA)
 
     def seen(self) -> dict[str, tuple[str, str]]:  # name to stamp and sha256
-        """Return the files whose content is known."""
+        """Return the files whose content is known; an installed extra may read what could not be."""
         rows = self.database.execute(
-            "SELECT name, stamp, sha256 FROM seen NATURAL JOIN facts WHERE source = ? AND version = ?",
+            "SELECT name, stamp, sha256 FROM seen NATURAL JOIN facts WHERE source = ? AND version = ? "
+            "AND code != 'unsupported_format'",
             [self.source, VERSION])
         return {name: (stamp, sha256) for name, stamp, sha256 in rows}
 
