@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .core import AutomlError
-from .items import Item, why_ignored
+from .items import Item, stamp_file, why_ignored
 from .pixels import DATASET
 
 # %% ../nbs/00d_archives.ipynb #1c24563e
@@ -206,14 +206,14 @@ def _zip_items(peek: Peek, size: int, name: str, stamp: str = "") -> list[Item]:
         mode = entry.external_attr >> 16
         items.append(_item(_zip_name(entry), mode if stat.S_IFMT(mode) else mode | stat.S_IFREG,
                            read=partial(_read_entry, peek, entry), size=entry.file_size,
-                           stamp=f"{entry.CRC:08x}-{entry.file_size}-{size}-{stamp}"))
+                           stamp=f"{entry.CRC:08x}-{entry.file_size}-{stamp}"))
     return items
 
 # %% ../nbs/00d_archives.ipynb #ed54e066
 def _list_zip(path: Path) -> list[Item]:
     file = path.open("rb")
     found = os.fstat(file.fileno())
-    return _zip_items(partial(_peek_file, file), found.st_size, path.name, str(found.st_mtime_ns))
+    return _zip_items(partial(_peek_file, file), found.st_size, path.name, stamp_file(found))
 
 # %% ../nbs/00d_archives.ipynb #19b72362
 def open_zip(
@@ -350,7 +350,7 @@ def _list_tar(path: Path) -> list[Item]:
         file = path.open("rb")
         found, method = os.fstat(file.fileno()), _packed_by(os.pread(file.fileno(), _BLOCK, 0))
         file = _spool(file, method) if method else file
-        items = _list_members(file, f"{found.st_size}-{found.st_mtime_ns}")
+        items = _list_members(file, stamp_file(found))
     except (OSError, ValueError, OverflowError, EOFError, zlib.error, lzma.LZMAError):
         raise _bad(path.name) from None
     _check_sizes([item.size for item in items])

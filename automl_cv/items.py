@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORES', 'SEPARATOR', 'SPLITS', 'SUFFIXES', 'REMEDY', 'Item', 'Source', 'clean_label', 'split_labels', 'telling_paths',
-           'lay_out', 'why_ignored', 'open_folder', 'read_again']
+           'lay_out', 'why_ignored', 'stamp_file', 'open_folder', 'read_again']
 
 # %% ../nbs/00c_items.ipynb #ef2f282a
 import os
@@ -168,6 +168,13 @@ def why_ignored(
         return "special_file"
     return "system_file" if is_system(name) else ""
 
+
+def stamp_file(
+    found: os.stat_result,  # of a file
+) -> str:  # another one after every change of the content
+    """Name the state of a file on a disk."""
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
 # %% ../nbs/00c_items.ipynb #57735451
 def _walk(folder: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
     with os.scandir(folder) as entries:
@@ -197,8 +204,7 @@ def open_folder(
                               notes="It was gone before it could be looked at."))
             continue
         why = why_ignored(name, found.st_mode)
-        items.append(Item(name, partial(_read, entry.path), size=found.st_size,
-                          stamp=f"{found.st_size}-{found.st_mtime_ns}",
+        items.append(Item(name, partial(_read, entry.path), size=found.st_size, stamp=stamp_file(found),
                           status="ignored" if why else "", reason=why))
     return items
 

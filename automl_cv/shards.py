@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .core import AutomlError
-from .items import SEPARATOR, SPLITS, Item
+from .items import SEPARATOR, SPLITS, Item, stamp_file
 from .rows import Table, read_columns
 from .tables import Labelled, label_items
 
@@ -65,8 +65,8 @@ def _read_row(path: Path, stamp: str, column: str, group: int, row: int) -> byte
 
 # %% ../nbs/00eb_shards.ipynb #695275ef
 def _list_rows(name: str, path: Path) -> Iterator[Item]:
-    column, facts = find_pictures(path), path.stat()
-    stamp, meta, number = f"{facts.st_size}-{facts.st_mtime_ns}", pq.read_metadata(path), count()
+    column, stamp = find_pictures(path), stamp_file(path.stat())
+    meta, number = pq.read_metadata(path), count()
     for group in range(meta.num_row_groups):
         if meta.row_group(group).total_byte_size > MAX_GROUP:
             raise AutomlError("file_too_large", f"{path.name} has a row group over {MAX_GROUP / 1e9:g} GB.",

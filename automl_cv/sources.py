@@ -24,7 +24,7 @@ from .archives import open_archive
 from .core import AutomlError, atomic_folder, home, is_system
 from .elements import draw_elements, name_elements
 from .items import (CORES, SEPARATOR, SPLITS, SUFFIXES, Item, Source, clean_label, lay_out,
-                             open_folder)
+                             open_folder, stamp_file)
 from .parts import find_tables, label_parts
 from .remote import READERS, fetch_file, is_address, is_object, open_objects, open_remote
 from .scenes import CLASSES, draw_scene
@@ -103,7 +103,7 @@ def _list_set(dataset: Any, part: str, root: Path) -> list[Item]:
     if files := _list_files(dataset):
         facts = [(path, target, path.stat()) for path, target in files]
         found = [(target, Item(path.relative_to(root).as_posix(), path.read_bytes, size=stat.st_size,
-                               stamp=f"{stat.st_size}-{stat.st_mtime_ns}")) for path, target, stat in facts]
+                               stamp=stamp_file(stat))) for path, target, stat in facts]
     else:
         found = [(dataset[i][1], Item(f"{part or 'all'}/{i:06d}.png", partial(_encode, dataset, i)))
                  for i in range(len(dataset))]

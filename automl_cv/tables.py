@@ -20,7 +20,7 @@ import pandas as pd
 
 from .core import AutomlError, home
 from .items import (SEPARATOR, SPLITS, Item, clean_label, open_folder, telling_paths,
-                             why_ignored)
+                             stamp_file, why_ignored)
 from .rows import MAX_TABLE, Table, frame_rows, read_table
 
 # %% ../nbs/00e_tables.ipynb #c0893e50
@@ -235,7 +235,7 @@ def _list_file(folder: Path, name: str) -> Item | None:
         if stat.S_ISDIR(found.st_mode):
             return None
         why = why_ignored(path.name, found.st_mode)
-        return Item(name, path.read_bytes, size=found.st_size, stamp=f"{found.st_size}-{found.st_mtime_ns}",
+        return Item(name, path.read_bytes, size=found.st_size, stamp=stamp_file(found),
                     status="ignored" if why else "", reason=why)
     return None
 
