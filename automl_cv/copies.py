@@ -15,20 +15,21 @@ import pandas as pd
 
 from .audit import Finding, judged
 from .core import hash_bytes, home, read_json, write_json
+from .fixes import SIDES
 from .items import Source, read_again
 from .twins import find_twins, join_groups
 
 # %% ../nbs/00p_copies.ipynb #25dbb2f5
 VERSION = 2  # of the search for near-duplicates; older results are not used
 FIXES = ("duplicates", "conflicts")  # what `set_copies_aside` does unless it is told otherwise
-_ORDER = {"test": 0, "validation": 1, "train": 2, "": 3}
+
 
 # %% ../nbs/00p_copies.ipynb #e9d12b55
 def _judge_copies(rows: list[Any]) -> dict[int, tuple[str, str]]:  # reason and notes, by index
     labels = sorted({row.label for row in rows})
     if len(labels) > 1:
         return {row.Index: ("conflict", f"The same bytes lie under {', '.join(labels)}.") for row in rows}
-    first = min(rows, key=lambda row: _ORDER[row.split])
+    first = min(rows, key=lambda row: SIDES[row.split])
     notes = f"The same bytes as {first.path}."
     return {row.Index: ("duplicate" if row.split == first.split else "leaked", notes)
             for row in rows if row is not first}
@@ -86,9 +87,9 @@ def settle_twins(
     """Bring groups of twins to one side of the splits that the source brought."""
     manifest = manifest.copy()
     twins = judged(manifest[manifest.twin > 0])
-    rank = twins.split.map(_ORDER)
+    rank = twins.split.map(SIDES)
     side = rank.groupby(twins.twin).transform("min")
     moved = twins.index[rank != side]
-    names = {number: name for name, number in _ORDER.items()}
+    names = {number: name for name, number in SIDES.items()}
     manifest.loc[moved, "split"] = side[moved].map(names)
     return manifest, len(moved)
