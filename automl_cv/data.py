@@ -165,7 +165,11 @@ def decide(
     findings = [*audit(manifest, source.task), *twins]
     manifest, moved = settle_twins(manifest)
     rest = [kind for kind in kinds if kind not in FIXES]
-    return apply_fixes(manifest, findings, rest, source.task), findings, moved
+    fixed = apply_fixes(manifest, findings, rest, source.task)
+    if ((fixed.status == "used") & (manifest.status != "used")).any():  # of a conflict that a merge decided
+        fixed, more = settle_twins(mark_twins(fixed, source)[0])
+        moved += more
+    return fixed, findings, moved
 
 # %% ../nbs/01_data.ipynb #2f81bb83
 def summarise(
