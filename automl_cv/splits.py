@@ -109,6 +109,9 @@ def split_rows(
     used = manifest[manifest.status == "used"]
     missing = [name for name in ("test", "validation") if name not in set(used.split)]
     rows = used[used.split.isin(["", "train"])]
+    if rows.empty:
+        raise AutomlError("too_few_images", "The source gives all pictures to validation or test.",
+                          "Give some of them to training.")
     left = [test, validation * (1 - test)] if len(missing) == 2 else [{"test": test}.get(n, validation)
                                                                        for n in missing]
     labels, groups = _indices(rows.label, task), join_groups(rows.group, rows.twin)
