@@ -47,6 +47,9 @@ def find_tables(
 def _read(table: Item) -> Table:
     try:
         return read_table(table.read(), posixpath.splitext(table.name)[1])
+    except ConnectionError as error:
+        raise AutomlError("source_unreachable", f"{table.name} cannot be fetched: {error}.",
+                          "Run the same command again later.") from None
     except OSError:
         raise AutomlError("source_not_found", f"{table.name} cannot be read.", "Check who may.") from None
 

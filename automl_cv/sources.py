@@ -176,10 +176,8 @@ def _open_torchvision(url: str, label: str, group: str) -> Source:
 
 # %% ../nbs/00h_sources.ipynb #ec359f7f
 def _label_objects(url: str, label: str, group: str) -> Labelled:
-    if not (found := open_objects([url])):
-        raise AutomlError("source_not_found", f"There is no object {url!r}.", "Check its spelling.")
     folder, name = url.rsplit("/", 1)
-    table = read_table(found[0].read(), os.path.splitext(name)[1])
+    table = read_table(fetch_file(url).read_bytes(), os.path.splitext(name)[1])
     cells = dict.fromkeys(cell.strip() for column in table.columns.values() for cell in column)
     if named := [cell for cell in cells if cell.startswith(f"{url.split('://')[0]}://")]:
         return label_items(open_objects(named), table, label, group)
