@@ -49,7 +49,7 @@ def write_review(
     for name in _TEXTS:
         safe[name] = [f"'{text}" if _FORMULA.match(text) else text for text in table[name]]
     with atomic_path(path) as draft:
-        safe.to_csv(draft, index=False, encoding="utf-8-sig")
+        safe.to_csv(draft, index=False, encoding="utf-8-sig", lineterminator="\r\n")  # quotes both in names
 
 # %% ../nbs/00n_fixes.ipynb #ea13b960
 _AS_CSV = "Save the edited review.csv as CSV again."
