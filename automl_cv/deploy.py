@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -165,7 +166,10 @@ def find_serving(
 ) -> dict[str, int]:  # percent by revision
     """Tell which revisions get requests now."""
     traffic = found[0].get("status", {}).get("traffic", []) if found else []
-    return {part["revisionName"]: part["percent"] for part in traffic if part.get("percent")}
+    shares: Counter[str] = Counter()
+    for part in traffic:  # one by name and one as the latest may be the same revision
+        shares[part["revisionName"]] += part.get("percent") or 0
+    return dict(+shares)
 
 # %% ../nbs/06a_deploy.ipynb #9b2801ba
 def is_public(
