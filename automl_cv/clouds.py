@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'USE', 'is_row', 'name_cells', 'check_cells', 'plain_row']
 from typing import Any
 
 from .core import AutomlError
-from .items import SEPARATOR
+from .items import SEPARATOR, SPLITS
 
 # %% ../nbs/00ca_clouds.ipynb #d43c90f4
 NAMES = ["split", "file", "label"]  # what the columns of such a table are called
@@ -19,7 +19,8 @@ def is_row(
     cells: list[str],  # of a table's first line
 ) -> bool:
     """Tell a row that names an address from a header."""
-    return any("://" in cell for cell in cells)
+    first, second = (cell.strip().lower() for cell in [*cells, "", ""][:2])
+    return "://" in first or "://" in second and first in {*SPLITS, "unassigned", ""}
 
 # %% ../nbs/00ca_clouds.ipynb #6ed4b73d
 def _split(word: str) -> str:
