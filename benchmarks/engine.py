@@ -283,7 +283,7 @@ def resume(options: argparse.Namespace) -> dict[str, object]:
     held = {name: done >= options.kills and all(run["same"][name] for run in runs) for name in names}
     return {"kills": done, "seconds_without_a_kill": round(cost["wall"], 1), "expected": expected,
             "repeatable_without_a_kill": again == expected, "runs": runs,
-            "holds": {"weights equal to the bit": bool(expected["epochs"]) and held["epochs"] and held["shipped"],
+            "holds": {"weights equal to the bit": bool(expected.get("epochs")) and held["epochs"] and held["shipped"],
                       "no trial lost or repeated": held["trials"]}}
 
 
